@@ -1,0 +1,238 @@
+"""The trainer: one loop over steps, and everything it does is a function of the step.
+
+A step takes `accumulation` micro-batches of uint8 images, finishes them on the device (normalise, erase, mix), and makes one
+optimizer step on the mean gradient of the global batch. Order, augmentation, learning rate, drop rates and random numbers
+all follow from (seed, step), so going on after an interruption needs no other position than the step itself. The host
+waits for the device on log steps, at validations and for checkpoints, never in between.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data.batch import Batch
+from data.randomness import stream_key
+from vip import checkpoint
+from vip.config import RunConfig
+from vip.distributed import World
+from vip.evaluate import Evaluation
+from vip.metrics import DeviceSums
+from vip.optim import peak_lr, set_lr
+from vip.plan import Plan
+from vip.precision import Precision
+from vip.schedule import lr_at
+from vip.stochastic_depth import rate_at, set_drop_path_rate
+from vip.tracking import Fanout
+
+Finish = Callable[[Batch, int, int], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Parts:
+    """What a run is made of, each built once from plain values.
+
+    `batches(step)` iterates micro-batches from that step on to the end of the run; `finish(batch, step, micro)` gives the
+    network's input (B, 3, H, W) and soft targets (B, K); `evaluate(model)` runs the whole validation set. `image_size` is
+    (H, W) in pixels; `fingerprint` says what a checkpoint belongs to.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    batches: Callable[[int], Iterator[Batch]]
+    finish: Finish
+    evaluate: Callable[[nn.Module], Evaluation]
+    fingerprint: dict[str, Any]
+    image_size: tuple[int, int]
+
+
+@dataclass
+class Progress:
+    """Where the run stands; all of it is in the checkpoint."""
+
+    step: int = 0
+    best_top1: float = -1.0
+    last: dict[str, float] = field(default_factory=dict)
+    tracking: dict[str, Any] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains `parts.model` as `config` and `plan` say. `resume()`, then `fit()`."""
+
+    def __init__(self, config: RunConfig, plan: Plan, world: World, parts: Parts) -> None:
+        self.config = config
+        self.plan = plan
+        self.world = world
+        self.parts = parts
+        self.progress = Progress()
+        self.trackers = Fanout()
+        self.ema = ModelEmaV3(parts.model, decay=config.ema_decay) if config.ema_decay else None
+        self.wrapped = world.wrap(parts.model)
+        self.peak_lr = peak_lr(config.optimizer, config.batch_size)
+        self.drop_rate = -1.0
+
+    def resume(self, found: checkpoint.Checkpoint) -> None:
+        """Take weights, moments, averages, scaler and position from a checkpoint of the same run."""
+        state = found.state
+        self.parts.model.load_state_dict(state["model"])
+        self.parts.optimizer.load_state_dict(state["optimizer"])
+        self.parts.precision.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.progress = Progress(**state["progress"])
+
+    def fit(self) -> Progress:
+        """Train to the end of the plan, validating and saving on the way; returns where the run ended."""
+        config, plan, progress = self.config, self.plan, self.progress
+        sums = DeviceSums(("loss", "passes", "grad_norm", "finite_steps", "data_wait"), self.world)
+        self._settle_buckets()
+        batches = self.parts.batches(progress.step)
+        logged, started = progress.step, time.perf_counter()
+        while progress.step < plan.total_steps:
+            self.train_step(batches, progress.step, sums)
+            progress.step += 1
+            at_end = progress.step == plan.total_steps
+            if at_end or progress.step % config.log_every == 0:
+                self._log_training(sums, progress.step - logged, started)
+                logged, started = progress.step, time.perf_counter()
+            paused = time.perf_counter()
+            validates = at_end or progress.step % (config.eval_every * plan.steps_per_epoch) == 0
+            improved = self._validate() if validates else False
+            if validates or (config.save_every and progress.step % config.save_every == 0):
+                self._save(improved)
+            started += time.perf_counter() - paused
+        return progress
+
+    def train_step(self, batches: Iterator[Batch], step: int, sums: DeviceSums) -> None:
+        """One optimizer step on the next `accumulation` micro-batches; adds loss, gradient norm and waits to `sums`."""
+        parts, scaler, accumulation = self.parts, self.parts.precision.scaler, self.plan.accumulation
+        seed_step(self.config.seed, step, self.world)
+        set_lr(parts.optimizer, self.lr_at(step))
+        self._set_drop_rate(step)
+        self.wrapped.train()
+        waited = 0.0
+        for micro in range(accumulation):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            images, targets = parts.finish(batch.to(self.world.device, non_blocking=True), step, micro)
+            with self._sync_gradients(micro == accumulation - 1):
+                with parts.precision.autocast():
+                    logits = self.wrapped(images)
+                loss = nn.functional.cross_entropy(logits.float(), targets)
+                scaler.scale(loss / accumulation).backward()
+            sums.add(loss=loss.detach(), passes=1.0)
+        scaler.unscale_(parts.optimizer)
+        norm = self._clip()
+        finite = norm.isfinite()
+        sums.add(grad_norm=torch.where(finite, norm, 0.0), finite_steps=finite, data_wait=waited)
+        scaler.step(parts.optimizer)
+        scaler.update()
+        parts.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(parts.model, step=step)
+
+    def lr_at(self, step: int) -> float:
+        return lr_at(self.config.schedule, self.peak_lr, step, self.plan.steps_per_epoch, self.config.epochs)
+
+    def _settle_buckets(self) -> None:
+        """One pass without a step: DDP orders its buckets after the first backward, and sums of three and more ranks depend
+        on the order, so an interrupted run must not meet a first step that an untouched run met long before."""
+        if self.world.size == 1:
+            return
+        buffers = {name: buffer.clone() for name, buffer in self.parts.model.named_buffers()}
+        height, width = self.parts.image_size
+        images = torch.zeros(self.plan.micro_batch, 3, height, width, device=self.world.device)
+        self.wrapped.train()
+        with self.parts.precision.autocast():
+            logits = self.wrapped(images)
+        (logits.float().sum() * 0.0).backward()
+        self.parts.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, buffer in self.parts.model.named_buffers():
+                buffer.copy_(buffers[name])
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on, and to know what it belongs to."""
+        return {
+            "step": self.progress.step,
+            "model": self.parts.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "optimizer": self.parts.optimizer.state_dict(),
+            "scaler": self.parts.precision.scaler.state_dict(),
+            "progress": vars(self.progress),
+            "fingerprint": self.parts.fingerprint,
+            "config": dataclasses.asdict(self.config),
+        }
+
+    def _sync_gradients(self, sync: bool) -> contextlib.AbstractContextManager[None]:
+        if sync or not isinstance(self.wrapped, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.wrapped.no_sync()
+
+    def _set_drop_rate(self, step: int) -> None:
+        rate = rate_at(self.config.model.drop_path, step, self.plan.total_steps)
+        if rate != self.drop_rate:
+            set_drop_path_rate(self.parts.model, rate, self.config.model.drop_path.over_depth)
+            self.drop_rate = rate
+
+    def _clip(self) -> Tensor:
+        """L2 norm of all gradients, which are clipped to `optimizer.clip_grad` where that is set."""
+        parameters = [p for p in self.parts.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.optimizer.clip_grad:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.clip_grad, norm)
+        return norm
+
+    def _log_training(self, sums: DeviceSums, steps: int, started: float) -> None:
+        totals = sums.reduce()  # waits for the device, so the clock is read after it
+        seconds = time.perf_counter() - started
+        step = self.progress.step
+        self._log({
+            "train/loss": totals["loss"] / totals["passes"],
+            "train/lr": self.lr_at(step - 1),
+            "train/grad_norm": totals["grad_norm"] / max(totals["finite_steps"], 1.0),
+            "train/skipped_steps": steps - totals["finite_steps"] / self.world.size,
+            "train/drop_path": self.drop_rate,
+            "train/images_per_s": steps * self.plan.batch_size / seconds,
+            "train/data_wait": totals["data_wait"] / self.world.size / seconds,
+        })  # fmt: skip
+
+    def _validate(self) -> bool:
+        """Validate the weights and, where there are, their averages (which then decide); True where top-1 is a new best."""
+        record = {f"val/{key}": value for key, value in self.parts.evaluate(self.parts.model).metrics().items()}
+        top1 = record["val/top1"]
+        if self.ema is not None:
+            averaged = self.parts.evaluate(self.ema.module).metrics()
+            record |= {f"val_ema/{key}": value for key, value in averaged.items()}
+            top1 = averaged["top1"]
+        improved = top1 > self.progress.best_top1
+        self.progress.best_top1 = max(top1, self.progress.best_top1)
+        record["val/best_top1"] = self.progress.best_top1
+        self.progress.last = record
+        self._log(record)
+        return improved
+
+    def _log(self, record: dict[str, float]) -> None:
+        step = self.progress.step
+        self.trackers.log(step, {"epoch": self.plan.epoch_at(step), "images": step * self.plan.batch_size, **record})
+
+    def _save(self, improved: bool) -> None:
+        if self.world.is_main:
+            checkpoint.save(self.config.folder / "checkpoints", self.state(), self.config.keep, improved)
+
+
+def seed_step(seed: int, step: int, world: World) -> None:
+    """Seed torch's generators, on the host and on the device, from (seed, step, rank): nothing random depends on history."""
+    key = stream_key("step", seed, step, world.rank)
+    torch.default_generator.manual_seed(key)
+    if world.device.type == "cuda":
+        torch.cuda.default_generators[world.device.index].manual_seed(key)

@@ -1,0 +1,87 @@
+"""From configuration to network: ours and timm's by name, through timm's own factory, so that there is one way."""
+
+import difflib
+from dataclasses import dataclass
+from typing import Annotated
+
+import timm
+import torch
+from pydantic import Field
+from torch import nn
+
+from vip.models.permutator import PermutatorBlock, VisionPermutator
+from vip.stochastic_depth import StochasticDepthConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: Annotated[str, Field(description="any name timm.create_model knows; vip_* are registered there")]
+    drop_path: Annotated[StochasticDepthConfig, Field(description="stochastic depth")]
+    img_size: Annotated[
+        int | tuple[int, int] | None, Field(description="side, or [height, width], in pixels; null: the network's own")
+    ] = None
+    mixer: Annotated[
+        str | None,
+        Field(pattern="^(weighted|plain)$", description="how the branches are fused: weighted or plain (ViP alone)"),
+    ] = None
+    drop_rate: Annotated[float, Field(ge=0, lt=1, description="dropout before the classifier")] = 0.0
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a network wants to see: `size` (H, W) in pixels, channel `mean` and `std` of images in [0, 1], test crop."""
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_pct: float
+
+
+def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """The network, on the CPU, initialised from torch's current seed.
+
+    Raises ValueError for an unknown name (with near ones) and for options that the network does not take.
+    """
+    if not timm.is_model(config.name):
+        near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
+        raise ValueError(
+            f"model.name={config.name}: no such network; near: {', '.join(near) or 'none (see timm.list_models())'}"
+        )
+    options: dict[str, object] = {"num_classes": num_classes, "drop_rate": config.drop_rate}
+    if config.drop_path.rate:
+        options["drop_path_rate"] = config.drop_path.rate
+    if config.mixer is not None:
+        options["mixer"] = config.mixer
+    if config.img_size is not None and _takes_img_size(config.name):
+        options["img_size"] = config.img_size
+    try:
+        return timm.create_model(config.name, **options)
+    except TypeError as error:
+        raise ValueError(f"model.name={config.name}: does not take {sorted(options)} ({error})") from error
+
+
+def input_spec(config: ModelConfig, model: nn.Module) -> InputSpec:
+    """Input size and evaluation crop from the network's `pretrained_cfg`; `img_size`, where given, sets the size."""
+    found = timm.data.resolve_model_data_config(model)
+    size = config.img_size or found["input_size"][-2:]
+    height, width = (size, size) if isinstance(size, int) else size
+    return InputSpec(
+        (height, width), tuple(found["mean"]), tuple(found["std"]), found["interpolation"], found["crop_pct"]
+    )
+
+
+def compile_model(model: nn.Module) -> None:
+    """torch.compile in place: a Vision Permutator block by block, so that one compilation serves every equal block."""
+    if not isinstance(model, VisionPermutator):
+        model.compile(dynamic=False)
+        return
+    # Blocks of one stage differ only in weights and drop rate, but each stage has its own shapes to compile for.
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
+    for module in model.modules():
+        if isinstance(module, PermutatorBlock):
+            module.compile(dynamic=False)
+
+
+def _takes_img_size(name: str) -> bool:
+    return bool(timm.models.get_pretrained_cfg(name, allow_unregistered=True).fixed_input_size)

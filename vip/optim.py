@@ -1,0 +1,74 @@
+"""Optimizers: timm's factory, one rule for weight decay, and NVIDIA apex's fused kernels where they are installed.
+
+Parameters with one dimension (biases, norm scales) and those a network lists in `no_weight_decay()` are not decayed, as in
+the published recipe. The learning rate is set anew before every step (`set_lr`): it is a function of the step, never a
+state of the optimizer.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import nn
+
+APEX = {"apex_adam": "fusedadamw", "apex_lamb": "fusedlamb"}
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Annotated[str, Field(description="adamw, sgd, lamb ... any of timm's; apex_adam, apex_lamb with apex installed")]
+    lr: Annotated[float, Field(gt=0, description="peak learning rate, at a global batch of lr_batch images")]
+    lr_batch: Annotated[int | None, Field(gt=0, description="lr grows linearly with batch_size / lr_batch; null: lr as it is")]
+    weight_decay: Annotated[float, Field(ge=0, description="decay of matrices; biases and norms are never decayed")]
+    momentum: Annotated[float, Field(ge=0, lt=1, description="SGD's momentum (Adam-like optimizers use betas)")] = 0.9
+    betas: Annotated[tuple[float, float] | None, Field(description="Adam-like coefficients; null: the optimizer's own")] = None
+    eps: Annotated[float | None, Field(gt=0, description="Adam-like epsilon; null: the optimizer's own")] = None
+    clip_grad: Annotated[float | None, Field(gt=0, description="largest L2 norm of all gradients; null: no clipping")] = None
+
+
+def peak_lr(config: OptimizerConfig, batch_size: int) -> float:
+    """The learning rate at a global batch of `batch_size` images: linear scaling (Goyal et al. 2017)."""
+    return config.lr * (batch_size / config.lr_batch if config.lr_batch else 1.0)
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """Raises ValueError for a name that timm does not know, and for apex without its CUDA kernels."""
+    name = config.name
+    if name in APEX:
+        _require_apex(name, device)
+        name = APEX[name]
+    elif name not in list_optimizers():
+        raise ValueError(f"optimizer.name={config.name}: unknown; known are {', '.join(sorted([*list_optimizers(), *APEX]))}")
+    options: dict[str, object] = {"betas": config.betas, "eps": config.eps}
+    options = {key: value for key, value in options.items() if value is not None}
+    if device.type == "cuda" and name in ("adam", "adamw"):
+        options["fused"] = True
+    try:
+        return create_optimizer_v2(
+            model, opt=name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **options
+        )
+    except TypeError as error:
+        raise ValueError(f"optimizer.name={config.name}: {error} (set optimizer.betas and optimizer.eps to null)") from error
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def _require_apex(name: str, device: torch.device) -> None:
+    """The package alone proves nothing (a Python-only build imports, and the index has another 'apex'): ask for the kernels."""
+    try:
+        importlib.import_module("apex.optimizers")
+        importlib.import_module("amp_C")
+    except ImportError as error:
+        raise ValueError(
+            f"optimizer={name}: NVIDIA apex with its CUDA kernels is not installed ({error}); build it from "
+            "github.com/NVIDIA/apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1 (the package index has an unrelated 'apex'), or "
+            f"take optimizer={'adamw' if name == 'apex_adam' else 'lamb'}"
+        ) from error
+    if device.type != "cuda":
+        raise ValueError(f"optimizer={name}: apex's kernels need a GPU; take optimizer=adamw or lamb on {device.type}")

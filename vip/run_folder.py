@@ -1,0 +1,118 @@
+"""A run's folder, from outside the loop: where to start, what to say at the start and the end, who watches.
+
+    runs/<name>/config.yaml      every key, resolved
+    runs/<name>/metrics.jsonl    one JSON object a line
+    runs/<name>/checkpoints/     the newest and the best
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from vip import checkpoint, config
+from vip.config import ConfigError, RunConfig
+from vip.distributed import World
+from vip.engine import Progress, Trainer
+from vip.plan import Plan
+from vip.tracking import Fanout, Tracker
+from vip.tracking.console import ConsoleTracker
+from vip.tracking.jsonl import JsonlTracker
+
+# A checkpoint that differs in one of these is of another run; in one of the others, the bits will differ.
+IDENTITY = ("model", "num_classes", "parameters", "batch_size", "seed")
+CIRCUMSTANCES = ("world_size", "precision", "compile")
+
+
+def find_start(run: RunConfig, fingerprint: dict[str, Any], console: Console) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from, or None for a fresh start.
+
+    The run's own newest checkpoint comes first, so that a command with `resume=<path>` may be repeated after an interruption.
+    Raises ValueError where the folder belongs to another run, and where `resume=never` would overwrite one.
+    """
+    own = checkpoint.newest(run.folder / "checkpoints")
+    if run.resume == "never" and own is not None:
+        raise ConfigError(
+            f"resume=never: {run.folder} already holds a run (step {own.step}); choose another name=..., or delete that folder"
+        )
+    found = own
+    if own is None and run.resume not in ("auto", "never"):
+        found = checkpoint.read(checkpoint.find(Path(run.resume)))
+    if found is None:
+        return None
+    saved = found.state["fingerprint"]
+    for key in IDENTITY:
+        if saved[key] != fingerprint[key]:
+            raise ConfigError(
+                f"{found.path} is of another run: {key} {saved[key]}, here {fingerprint[key]}; choose another name=..., "
+                "or set the key back"
+            )
+    for key in CIRCUMSTANCES:
+        if saved[key] != fingerprint[key]:
+            console.print(f"note: {key} was {saved[key]}, now {fingerprint[key]}: goes on, but not with the same bits")
+    return found
+
+
+def announce(run: RunConfig, plan: Plan, trainer: Trainer, num_images: tuple[int, int], console: Console) -> None:
+    """Say in a few lines what is about to happen; `num_images` counts training and validation images."""
+    device = trainer.world.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({os.cpu_count()} cores)"
+    millions = sum(p.numel() for p in trainer.parts.model.parameters()) / 1e6
+    height, width = trainer.parts.image_size
+    facts = trainer.parts.fingerprint
+    console.print(f"network   {run.model.name}, {millions:.1f} M parameters, {height}x{width}, {run.precision.name} on {name}")
+    console.print(f"data      {run.data.kind}: {num_images[0]:,} training and {num_images[1]:,} validation images, "
+                  f"{facts['num_classes']} classes")  # fmt: skip
+    console.print(f"plan      {plan.describe()}")
+    step = trainer.progress.step
+    console.print(f"folder    {run.folder}, {f'goes on from step {step}' if step else 'from the start'}")
+    for departure in config.departures(run):
+        console.print(f"departs from the published recipe: {departure}")
+
+
+@contextlib.contextmanager
+def tracked(run: RunConfig, plan: Plan, trainer: Trainer, console: Console) -> Iterator[None]:
+    """Give the trainer its trackers (on rank 0) while it runs; an interruption ends in a line that says how to go on."""
+    progress, status = trainer.progress, "failed"
+    if trainer.world.is_main:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "config.yaml").write_text(config.to_yaml(run))
+        trainer.trackers = Fanout(_trackers(run, plan, progress, console))
+    try:
+        yield
+        status = "done"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        console.print(f"interrupted at step {progress.step}; the same command goes on from the newest checkpoint")
+        raise SystemExit(130) from None
+    finally:
+        trainer.trackers.close(status)
+
+
+def closing_words(run: RunConfig, progress: Progress) -> str:
+    last = progress.last
+    return (
+        f"done: top-1 {last['val/top1']:.2f} %, best {progress.best_top1:.2f} %, after {progress.step} steps in {run.folder}\n"
+        f"next: python eval.py checkpoint={run.folder}"
+    )
+
+
+def _trackers(run: RunConfig, plan: Plan, progress: Progress, console: Console) -> list[Tracker]:
+    trackers: list[Tracker] = [
+        JsonlTracker(run.folder / "metrics.jsonl", progress.step),
+        ConsoleTracker(plan, progress.step, console),
+    ]
+    if run.tracking.kind == "wandb":
+        from vip.tracking.wandb_run import WandbTracker
+
+        tracker = WandbTracker(
+            run.tracking.mode, run.tracking.project, run.name, run.folder, dataclasses.asdict(run), progress.tracking.get("wandb")
+        )
+        progress.tracking["wandb"] = tracker.run_id
+        trackers.append(tracker)
+    return trackers
