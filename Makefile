@@ -3,27 +3,54 @@
 PYTHON ?= python3
 VENV := .venv
 LATEST := .venv-latest
-STAMP := $(VENV)/installed
-LAUNCH = OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node=2
+TORCHRUN = OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node=2
+PYTEST = -m pytest -n 2 --dist loadgroup
 
 .PHONY: help setup demo test test-latest lint lock clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: $(STAMP)  ## create .venv and install the pinned set
+setup: $(VENV)/installed  ## create .venv and install the pinned set
 
-# uv comes from the lock as well: its version and hashes are the constraint. The stamp is the last thing written, so an
-# interrupted install starts over.
-$(STAMP): requirements.lock pyproject.toml
+demo: setup  ## train a Vision Permutator on real digits with two processes, evaluate it, say what comes next
+	$(VENV)/bin/python scripts/prepare_digits.py
+	$(TORCHRUN) train.py experiment=digits
+	$(VENV)/bin/python eval.py checkpoint=runs/digits
+	@$(VENV)/bin/python -c 'import json; print("top-1 %.2f %%, run folder runs/digits" % json.load(open("runs/digits/eval.json"))["top1"])'
+	@echo "interrupted or not, the same command goes on: torchrun --nproc-per-node=2 train.py experiment=digits"
+	@echo "next, with ImageNet on disk: . $(VENV)/bin/activate; torchrun --nproc-per-node=8 train.py model=vip_m7 data.root=/path/to/imagenet"
+
+test: setup  ## the whole suite
+	$(VENV)/bin/python $(PYTEST)
+
+test-latest: $(LATEST)/installed  ## the whole suite on the newest torch that pyproject.toml allows
+	$(LATEST)/bin/python $(PYTEST)
+
+lint: setup  ## ruff (lint and format) and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+lock: setup  ## compile requirements.lock anew from pyproject.toml
+	$(VENV)/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --upgrade \
+	  --no-emit-index-url --custom-compile-command "make lock" -q -o requirements.lock
+
+clean:  ## remove what make made: environments and caches, not runs/ and datasets/
+	rm -rf $(VENV) $(LATEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+# uv comes from the lock as well, by version and hash. The stamp is the last thing written: an interrupted install starts over.
+$(VENV)/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "make: $$($(PYTHON) --version 2>&1) is too old: Python 3.11 or newer is needed (PYTHON=python3.12 make ...)"; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { echo "make: python3 cannot make a venv: install python3-venv (apt) first"; exit 1; }
+	  { echo "make: $$($(PYTHON) --version 2>&1) is too old, 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "make: $(PYTHON) cannot make a venv; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@awk '/^uv==/{on=1} on{print} on&&!/\\$$/{exit}' requirements.lock > $(VENV)/uv.lock
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r $(VENV)/uv.lock
 	$(VENV)/bin/uv pip sync -q --python $(VENV)/bin/python --require-hashes requirements.lock
 	$(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --no-deps --no-build-isolation --offline -e .
 	@touch $@
 
-lock:  ## compile requirements.lock anew from pyproject.toml
-	$(VENV)/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
-	  --no-emit-index-url --custom-compile-command "make lock" -q -o requirements.lock
+$(LATEST)/installed: pyproject.toml $(VENV)/installed
+	$(PYTHON) -m venv $(LATEST)
+	$(VENV)/bin/uv pip install -q --no-config --upgrade --python $(LATEST)/bin/python -e '.[dev]'
+	@$(LATEST)/bin/python -c 'import torch, torchvision, timm; print("torch", torch.__version__, "torchvision", torchvision.__version__, "timm", timm.__version__)'
+	@touch $@

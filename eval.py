@@ -4,28 +4,25 @@ Prints a table and writes eval.json and predictions.csv. The figures are exact: 
 digit for every number of processes and every batch size. `--help` lists every key.
 """
 
-import csv
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from data.augment import EvalTransform
 from data.config import DataConfig
 from data.finish import Normalize
 from data.loader import eval_loader
-from data.sources import Source, open_source
+from data.sources import open_source
 from vip import checkpoint, config
 from vip.config import CheckpointData, ConfigError, EvalConfig
 from vip.distributed import connect
-from vip.evaluate import Evaluation, evaluate
+from vip.evaluate import evaluate
 from vip.models.build import ModelConfig, build_model, input_spec
 from vip.models.weights import load_weights, unwrap_state_dict
 from vip.precision import Precision
+from vip.report import report_evaluation
 
 
 def evaluate_checkpoint(run: EvalConfig) -> None:
@@ -35,7 +32,12 @@ def evaluate_checkpoint(run: EvalConfig) -> None:
         precision = Precision(run.precision, world.device)
         images = open_source(data_config, "val")
         model = build_model(model_config, len(images.class_names))
-        load_weights(model, weights)
+        try:
+            load_weights(model, weights)
+        except ValueError as error:
+            raise ConfigError(
+                f"checkpoint={path} does not fit {model_config.name} on {data_config.kind}: {error}"
+            ) from error
         model.to(world.device)
         spec = input_spec(model_config, model)
         batches = eval_loader(
@@ -52,7 +54,7 @@ def evaluate_checkpoint(run: EvalConfig) -> None:
         if world.is_main:
             facts = {"checkpoint": str(path), "weights": origin, "model": model_config.name, "data": data_config.kind,
                      "precision": run.precision.name}  # fmt: skip
-            report(result, images, facts, Path(run.out) if run.out else _run_folder(path))
+            report_evaluation(result, images, facts, Path(run.out) if run.out else _run_folder(path))
 
 
 def _open(run: EvalConfig, path: Path) -> tuple[ModelConfig, DataConfig, dict[str, torch.Tensor], str]:
@@ -72,37 +74,16 @@ def _open(run: EvalConfig, path: Path) -> tuple[ModelConfig, DataConfig, dict[st
     model_config = run.model or config.parse(ModelConfig, trained["model"])
     data_config = run.data
     if isinstance(data_config, CheckpointData):
-        moved = {key: value for key, value in dataclasses.asdict(data_config).items() if key != "kind" and value is not None}
+        moved = {
+            key: value for key, value in dataclasses.asdict(data_config).items() if key != "kind" and value is not None
+        }
         data_config = config.parse(DataConfig, trained["data"] | moved)
-    return model_config, data_config, state["ema" if run.ema else "model"], f"{'ema' if run.ema else 'raw'}, step {state['step']}"
-
-
-def report(result: Evaluation, images: Source, facts: dict[str, str], out: Path) -> None:
-    """The table on the console, `eval.json` and `predictions.csv` in `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    figures = {"images": result.num_images, **result.metrics()}
-    (out / "eval.json").write_text(json.dumps(facts | figures, indent=2) + "\n")
-    with (out / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        places = range(1, min(result.top_classes.shape[1], len(images.class_names)) + 1)
-        rows.writerow(["image", "label", *(name for k in places for name in (f"top{k}", f"probability{k}"))])
-        for i in range(result.num_images):
-            top = [
-                value
-                for k in places
-                for value in (
-                    images.class_names[int(result.top_classes[i, k - 1])],
-                    f"{result.top_probabilities[i, k - 1]:.6f}",
-                )
-            ]
-            rows.writerow([images.name(i), images.class_names[int(images.labels[i])], *top])
-    table = Table(title=f"{facts['model']} on {facts['data']}, {facts['checkpoint']} ({facts['weights']})", title_justify="left")
-    for name in ("images", "top-1", "top-5", "loss"):
-        table.add_column(name, justify="right")
-    table.add_row(f"{result.num_images:,}", f"{result.top1:.3f} %", f"{result.top5:.3f} %", f"{result.loss:.6f}")
-    console = Console(soft_wrap=True)
-    console.print(table)
-    console.print(f"written: {out / 'eval.json'}, {out / 'predictions.csv'}", highlight=False)
+    return (
+        model_config,
+        data_config,
+        state["ema" if run.ema else "model"],
+        f"{'ema' if run.ema else 'raw'}, step {state['step']}",
+    )
 
 
 def _run_folder(path: Path) -> Path:

@@ -4,8 +4,11 @@ Composes the configuration, builds each part once, resumes where the run stands 
 every key; `experiment=digits` runs anywhere.
 """
 
+from typing import Any
+
 import torch
 from rich.console import Console
+from torch import nn
 
 from data.augment import EvalTransform, TrainTransform
 from data.finish import BatchFinisher, Normalize
@@ -16,7 +19,7 @@ from vip import checkpoint, config, run_folder
 from vip.config import RunConfig
 from vip.distributed import World, connect
 from vip.engine import Parts, Trainer
-from vip.evaluate import evaluate
+from vip.evaluate import Evaluation, evaluate
 from vip.models.build import build_model, compile_model, input_spec
 from vip.optim import build_optimizer
 from vip.plan import Plan, make_plan
@@ -25,7 +28,7 @@ from vip.precision import Precision
 
 def train(run: RunConfig) -> None:
     with connect() as world:
-        console = Console(quiet=not world.is_main, soft_wrap=True)
+        console = Console(quiet=not world.is_main, soft_wrap=True, highlight=False)
         train_set, val_set = open_sources(run.data)
         plan = make_plan(run.batch_size, run.micro_batch, world.size, len(train_set), run.total_epochs, run.max_steps)
         trainer = Trainer(run, plan, world, build(run, plan, world, train_set, val_set))
@@ -33,7 +36,9 @@ def train(run: RunConfig) -> None:
         if found is not None:
             trainer.resume(found)
         if trainer.progress.step >= plan.total_steps:
-            console.print(f"{run.folder} is complete: step {trainer.progress.step} of {plan.total_steps}, nothing left to train")
+            console.print(
+                f"{run.folder} is complete: step {trainer.progress.step} of {plan.total_steps}, nothing left to train"
+            )
             return
         run_folder.announce(run, plan, trainer, (len(train_set), len(val_set)), console)
         with run_folder.tracked(run, plan, trainer, console):
@@ -48,19 +53,20 @@ def build(run: RunConfig, plan: Plan, world: World, train_set: Source, val_set: 
     torch.manual_seed(run.seed)
     model = build_model(run.model, num_classes)
     spec = input_spec(run.model, model)
-    model.to(world.device, memory_format=torch.channels_last if run.channels_last else torch.preserve_format)
+    model.to(world.device)
+    if run.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if run.compile:
         compile_model(model)
     normalize = Normalize(spec.mean, spec.std, world.device, run.channels_last)
-    loading = {"workers": run.data.workers, "pin": world.device.type == "cuda"}
-    val_batches = eval_loader(
-        val_set,
-        EvalTransform(spec.size, spec.crop_pct, spec.interpolation),
-        batch_size=plan.micro_batch,
-        rank=world.rank,
-        world=world.size,
-        **loading,
-    )
+    loading: dict[str, Any] = {"workers": run.data.workers, "pin": world.device.type == "cuda"}
+
+    def evaluate_network(network: nn.Module) -> Evaluation:
+        transform = EvalTransform(spec.size, spec.crop_pct, spec.interpolation)
+        share: dict[str, Any] = {"batch_size": plan.micro_batch, "rank": world.rank, "world": world.size}
+        batches = eval_loader(val_set, transform, **share, **loading)
+        return evaluate(network, batches, len(val_set), normalize, precision, world)
+
     facts = {key: getattr(run, key) for key in ("batch_size", "seed", "compile")}
     facts |= {"world_size": world.size, "precision": run.precision.name}
     return Parts(
@@ -77,7 +83,7 @@ def build(run: RunConfig, plan: Plan, world: World, train_set: Source, val_set: 
             **loading,
         ),
         finish=BatchFinisher(run.augment, num_classes, normalize, run.seed, world.rank).finish,
-        evaluate=lambda network: evaluate(network, val_batches, len(val_set), normalize, precision, world),
+        evaluate=evaluate_network,
         fingerprint=checkpoint.fingerprint(run.model.name, num_classes, model) | facts,
         image_size=spec.size,
     )

@@ -5,9 +5,10 @@ whole rest of a run: prefetching goes on across epochs, and processes start once
 ones would each import torch for seconds and hold a copy of the list of files.
 """
 
+import atexit
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -98,6 +99,35 @@ class TrainRequests:
                 yield Request(epoch, indices[positions], self.order.copies(positions))
 
 
+class BatchIterator(Iterator[Batch]):
+    """One pass over a DataLoader, whose workers end on `close`, when this object is dropped, or at exit.
+
+    A torch iterator that is still alive at exit (an exception's traceback is enough to keep it) has its workers killed,
+    and then reports the kill as an error of its own.
+    """
+
+    def __init__(self, loader: DataLoader[Batch]) -> None:
+        self._num_batches = len(loader)
+        self._batches: Iterator[Batch] = iter(loader)
+        self._shut_down: Callable[[], None] = getattr(self._batches, "_shutdown_workers", _nothing)
+        atexit.register(self._shut_down)
+
+    def __len__(self) -> int:
+        """Batches in the whole pass."""
+        return self._num_batches
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def close(self) -> None:
+        """Ends the workers; may be called again."""
+        atexit.unregister(self._shut_down)
+        self._shut_down()
+
+    def __del__(self) -> None:
+        self.close()
+
+
 def train_loader(
     source: Source,
     transform: TrainTransform,
@@ -108,11 +138,10 @@ def train_loader(
     total_steps: int,
     workers: int,
     pin: bool = False,
-) -> Iterator[Batch]:
+) -> BatchIterator:
     """The batches of one rank for the rest of the run, `plan.accumulation` micro-batches to a step.
 
-    Workers start now and end when the iterator is exhausted or dropped. The global random state is neither read nor
-    changed.
+    Workers start now. The global random state is neither read nor changed.
 
     Args:
         start_step, total_steps: the first step wanted and the one after the last; epochs follow one another within.
@@ -124,7 +153,7 @@ def train_loader(
         RuntimeError: while iterating, a worker that gave nothing for 120 s.
     """
     requests = TrainRequests(order, plan, start_step, total_steps)
-    return iter(_data_loader(TrainBatches(source, transform, order.seed), requests, workers, pin))
+    return _iterate(TrainBatches(source, transform, order.seed), requests, workers, pin)
 
 
 def eval_requests(num_images: int, batch_size: int, rank: int = 0, world: int = 1) -> list[np.ndarray]:
@@ -148,20 +177,20 @@ def eval_loader(
     world: int = 1,
     workers: int,
     pin: bool = False,
-) -> DataLoader[Batch]:
-    """The evaluation batches of one rank (`eval_requests`); may be iterated again.
+) -> BatchIterator:
+    """The evaluation batches of one rank (`eval_requests`), once.
 
     Results equal to the last bit for every world and batch size need each slice to go through the network by itself:
     `batch.images.split(EVAL_SLICE)`.
     """
     requests = eval_requests(len(source), batch_size, rank, world)
-    return _data_loader(EvalBatches(source, transform), requests, workers, pin)
+    return _iterate(EvalBatches(source, transform), requests, workers, pin)
 
 
-def _data_loader(
+def _iterate(
     batches: Dataset[Batch], requests: TrainRequests | list[np.ndarray], workers: int, pin: bool
-) -> DataLoader[Batch]:
-    return DataLoader(
+) -> BatchIterator:
+    loader = DataLoader(
         batches,
         sampler=requests,
         batch_size=None,  # a request is a whole batch
@@ -173,6 +202,11 @@ def _data_loader(
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         generator=torch.Generator(),  # else every iterator draws from the global one
     )
+    return BatchIterator(loader)
+
+
+def _nothing() -> None:
+    """What there is to shut down without workers."""
 
 
 def _unchanged(batch: Batch) -> Batch:

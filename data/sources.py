@@ -26,6 +26,7 @@ Split = Literal["train", "val"]
 IMAGE_SUFFIXES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".ppm", b".pgm", b".tif", b".tiff")
 SYNTHETIC_PIXELS = 256  # height and width
 SYNTHETIC_CLASSES = 1000
+PREPARE = "; scripts/prepare_imagenet.py makes it from the archives"
 NUM_CLASSES = {"imagenet": 1000, "digits": 10}
 
 
@@ -85,8 +86,8 @@ def _root(config: DataConfig) -> Path:
         return Path(os.environ["IMAGENET_DIR"]).expanduser()
     unset = "data.root and IMAGENET_DIR are not set" if config.kind == "imagenet" else "data.root is not set"
     raise ValueError(
-        f"{unset}: set data.root to the folder that holds train/ and val/ with one folder per class "
-        "(experiment=digits needs no download)"
+        f"{unset}: set data.root to the folder that holds train/ and val/ with one folder per class"
+        f"{PREPARE if config.kind == 'imagenet' else ''} (experiment=digits runs without a download)"
     )
 
 
@@ -95,8 +96,8 @@ def _class_folders(folder: Path, kind: str) -> tuple[str, ...]:
     if not folder.is_dir():
         raise ValueError(
             f"{folder} not found: put one folder per class there, or set data.root"
-            f"{' or IMAGENET_DIR' if kind == 'imagenet' else ''} to the folder that holds train/ and val/ "
-            "(experiment=digits needs no download)"
+            f"{' or IMAGENET_DIR' if kind == 'imagenet' else ''} to the folder that holds train/ and val/"
+            f"{PREPARE if kind == 'imagenet' else ''} (experiment=digits runs without a download)"
         )
     own_chain = _identities(folder)
     with os.scandir(folder) as entries:

@@ -11,7 +11,7 @@ same folder, flushed to the disk and renamed. The newest is found by looking, no
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,19 +78,19 @@ def read(path: Path) -> Checkpoint:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); delete it, the one before it is used then") from error
+        raise CheckpointError(f"{path}: cannot be read ({error}); delete it") from error
     if _checksum(header["tree"], tensors) != header["checksum"]:
-        raise CheckpointError(f"{path}: damaged (its checksum differs); delete it, the one before it is used then")
+        raise CheckpointError(f"{path}: damaged (its checksum differs); delete it")
     return Checkpoint(path, _put_tensors(json.loads(header["tree"]), tensors))
 
 
-def newest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint in `folder`, or None; damaged ones are skipped with a word on stderr."""
+def newest(folder: Path, warn: Callable[[str], object]) -> Checkpoint | None:
+    """The newest whole checkpoint in `folder`, or None; `warn` hears of damaged ones that are passed over."""
     for path in sorted(folder.glob(STEP_FILE.format(0).replace("0" * 10, "[0-9]" * 10)), reverse=True):
         try:
             return read(path)
         except CheckpointError as error:
-            print(f"warning: skipped {error}", flush=True)
+            warn(f"warning: passed over {error}")
     return None
 
 
@@ -118,7 +118,9 @@ def find(path: Path) -> Path:
         for candidate in candidates:
             if candidate.is_file():
                 return candidate
-    raise CheckpointError(f"checkpoint={path}: {'no checkpoint in this folder' if path.is_dir() else 'no such file or folder'}")
+    raise CheckpointError(
+        f"checkpoint={path}: {'no checkpoint in this folder' if path.is_dir() else 'no such file or folder'}"
+    )
 
 
 def read_weights(path: Path) -> Any:
@@ -132,7 +134,9 @@ def read_weights(path: Path) -> Any:
         raise CheckpointError(f"{path}: no such file") from error
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: not a readable weights file, or one that holds more than tensors ({reason})") from error
+        raise CheckpointError(
+            f"{path}: not a readable weights file, or one that holds more than tensors ({reason})"
+        ) from error
 
 
 def is_ours(path: Path) -> bool:
@@ -152,7 +156,9 @@ def _take_tensors(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = node
         return {"tensor": name}
     if isinstance(node, Mapping):
-        return {"dict": [[key, _take_tensors(value, f"{name}/{key}".lstrip("/"), tensors)] for key, value in node.items()]}
+        return {
+            "dict": [[key, _take_tensors(value, f"{name}/{key}".lstrip("/"), tensors)] for key, value in node.items()]
+        }
     if isinstance(node, list | tuple):
         return [_take_tensors(value, f"{name}/{i}", tensors) for i, value in enumerate(node)]
     return node

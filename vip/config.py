@@ -42,8 +42,12 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    kind: Annotated[Literal["local", "wandb"], Field(description="local: metrics.jsonl and the console; wandb: W&B as well")]
-    mode: Annotated[Literal["online", "offline"], Field(description="wandb: send now, or keep for `wandb sync`")] = "online"
+    kind: Annotated[
+        Literal["local", "wandb"], Field(description="local: metrics.jsonl and the console; wandb: W&B as well")
+    ]
+    mode: Annotated[Literal["online", "offline"], Field(description="wandb: send now, or keep for `wandb sync`")] = (
+        "online"
+    )
     project: Annotated[Text, Field(description="wandb: the project's name")] = "vision-permutator"
 
 
@@ -55,20 +59,29 @@ class RunConfig:
     runs_dir: Annotated[Text, Field(description="where run folders are kept")]
     seed: Annotated[int, Field(ge=0, description="weights, order, augmentation and dropout all follow from it")]
     epochs: Annotated[int, Field(ge=1, description="epochs of the schedule; its cooldown epochs are added")]
-    max_steps: Annotated[int | None, Field(ge=1, description="stop after this many steps (the schedule stays); null: all")]
+    max_steps: Annotated[
+        int | None, Field(ge=1, description="stop after this many steps (the schedule stays); null: all")
+    ]
     batch_size: Annotated[int, Field(ge=1, description="images in one optimizer step, over all processes")]
     micro_batch: Annotated[
-        int | None, Field(ge=1, description="images a process takes in one pass, the rest by accumulation; null: all at once")
+        int | None,
+        Field(ge=1, description="images a process takes in one pass, the rest by accumulation; null: all at once"),
     ]
     resume: Annotated[
-        Text, Field(description="auto: go on from the run's newest checkpoint; never: start anew; or a checkpoint's path")
+        Text,
+        Field(description="auto: go on from the run's newest checkpoint; never: start anew; or a checkpoint's path"),
     ]
-    eval_every: Annotated[int, Field(ge=1, description="epochs between validations (the end of the run always has one)")]
-    save_every: Annotated[int | None, Field(ge=1, description="steps between checkpoints; null: one after each validation")]
+    eval_every: Annotated[
+        int, Field(ge=1, description="epochs between validations (the end of the run always has one)")
+    ]
+    save_every: Annotated[
+        int | None, Field(ge=1, description="steps between checkpoints; null: one after each validation")
+    ]
     keep: Annotated[int, Field(ge=2, description="newest checkpoints to keep, beside the best one")]
     log_every: Annotated[int, Field(ge=1, description="steps between metrics; only then the host waits for the device")]
     ema_decay: Annotated[
-        float | None, Field(gt=0, lt=1, description="average the weights with this decay a step; null: no average (published)")
+        float | None,
+        Field(gt=0, lt=1, description="average the weights with this decay a step; null: no average (published)"),
     ]
     compile: Annotated[bool, Field(description="torch.compile the network's blocks")]
     channels_last: Annotated[bool, Field(description="channels-last memory format (convolutional networks)")]
@@ -89,7 +102,9 @@ class RunConfig:
                 f"schedule.warmup_epochs={self.epochs // 10} would do"
             )
         if self.augment.repeats > 1 and self.batch_size < self.augment.repeats:
-            raise ValueError(f"augment.repeats={self.augment.repeats}: more than the {self.batch_size} images of a batch")
+            raise ValueError(
+                f"augment.repeats={self.augment.repeats}: more than the {self.batch_size} images of a batch"
+            )
 
     @property
     def folder(self) -> Path:
@@ -106,18 +121,26 @@ class CheckpointData:
 
     kind: Literal["checkpoint"]
     root: Annotated[Text | None, Field(description="where they are now; null: where they were")] = None
-    workers: Annotated[int | None, Field(ge=0, description="loader processes of each rank; null: as in training")] = None
+    workers: Annotated[int | None, Field(ge=0, description="loader processes of each rank; null: as in training")] = (
+        None
+    )
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """One evaluation."""
 
-    checkpoint: Annotated[Text, Field(description="a run folder (its best checkpoint), a checkpoint, or a published file")]
-    out: Annotated[Text | None, Field(description="folder for eval.json and predictions.csv; null: the checkpoint's run folder")]
+    checkpoint: Annotated[
+        Text, Field(description="a run folder (its best checkpoint), a checkpoint, or a published file")
+    ]
+    out: Annotated[
+        Text | None, Field(description="folder for eval.json and predictions.csv; null: the checkpoint's run folder")
+    ]
     ema: Annotated[bool, Field(description="evaluate the averaged weights of the checkpoint")]
     batch_size: Annotated[int, Field(ge=1, description="images each process loads at a time; never changes the result")]
-    model: Annotated[ModelConfig | None, Field(description="the network of a published file; null: the checkpoint's own")]
+    model: Annotated[
+        ModelConfig | None, Field(description="the network of a published file; null: the checkpoint's own")
+    ]
     data: Annotated[DataConfig | CheckpointData, Field(discriminator="kind", description="which validation images")]
     precision: PrecisionConfig
 
@@ -155,7 +178,9 @@ def walk(schema: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """(dotted key, type, description) of every leaf of a schema, in order; a key of several alternatives comes once."""
     hints = get_type_hints(schema, include_extras=True)
     for field in dataclasses.fields(schema):
-        kind, *notes = get_args(hints[field.name]) if get_origin(hints[field.name]) is Annotated else (hints[field.name],)
+        kind, *notes = (
+            get_args(hints[field.name]) if get_origin(hints[field.name]) is Annotated else (hints[field.name],)
+        )
         nested = [choice for choice in (kind, *get_args(kind)) if dataclasses.is_dataclass(choice)]
         seen = set()
         for inner in nested:
@@ -197,7 +222,9 @@ class one_line_errors:  # noqa: N801 - a context manager, used like a function
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 traceback.print_exception(error)
             where = "" if rank == "0" else f"[rank {rank}] "
-            print(f"{where}{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(
+                f"{where}{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True
+            )
         raise SystemExit(2) from None
 
 
@@ -207,7 +234,7 @@ def departures(config: RunConfig) -> list[str]:
     if config.data.kind != "imagenet" or not (CONF_DIR / "experiment" / f"{recipe}.yaml").exists():
         return []
     published = dict(_flatten(dataclasses.asdict(parse(RunConfig, compose("train", [f"experiment={recipe}"])))))
-    free = ("name", "runs_dir", "seed", "resume", "micro_batch", "keep", "data.", "tracking.")
+    free: tuple[str, ...] = ("name", "runs_dir", "seed", "resume", "micro_batch", "keep", "data.", "tracking.")
     free += ("eval_every", "save_every", "log_every")
     return [
         f"{key}: {published.get(key)} -> {value}"

@@ -5,7 +5,10 @@ without a group, and every operation below is the identity, so that the trainer 
 """
 
 import contextlib
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = timedelta(seconds=300)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,16 @@ def connect() -> Iterator[World]:
     if "WORLD_SIZE" not in os.environ:
         yield World(0, 1, place)
         return
+    _die_with_launcher()
     on_gpu = place.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=place if on_gpu else None)
     try:
         yield World(rank, size, place)
     finally:
         dist.destroy_process_group()
+
+
+def _die_with_launcher() -> None:
+    """Have Linux end this process when torchrun is gone: killed by force, it leaves ranks that would train on unseen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -7,7 +7,7 @@ state of the optimizer.
 
 import importlib
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -19,14 +19,22 @@ APEX = {"apex_adam": "fusedadamw", "apex_lamb": "fusedlamb"}
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: Annotated[str, Field(description="adamw, sgd, lamb ... any of timm's; apex_adam, apex_lamb with apex installed")]
+    name: Annotated[
+        str, Field(description="adamw, sgd, lamb ... any of timm's; apex_adam, apex_lamb with apex installed")
+    ]
     lr: Annotated[float, Field(gt=0, description="peak learning rate, at a global batch of lr_batch images")]
-    lr_batch: Annotated[int | None, Field(gt=0, description="lr grows linearly with batch_size / lr_batch; null: lr as it is")]
+    lr_batch: Annotated[
+        int | None, Field(gt=0, description="lr grows linearly with batch_size / lr_batch; null: lr as it is")
+    ]
     weight_decay: Annotated[float, Field(ge=0, description="decay of matrices; biases and norms are never decayed")]
     momentum: Annotated[float, Field(ge=0, lt=1, description="SGD's momentum (Adam-like optimizers use betas)")] = 0.9
-    betas: Annotated[tuple[float, float] | None, Field(description="Adam-like coefficients; null: the optimizer's own")] = None
+    betas: Annotated[
+        tuple[float, float] | None, Field(description="Adam-like coefficients; null: the optimizer's own")
+    ] = None
     eps: Annotated[float | None, Field(gt=0, description="Adam-like epsilon; null: the optimizer's own")] = None
-    clip_grad: Annotated[float | None, Field(gt=0, description="largest L2 norm of all gradients; null: no clipping")] = None
+    clip_grad: Annotated[
+        float | None, Field(gt=0, description="largest L2 norm of all gradients; null: no clipping")
+    ] = None
 
 
 def peak_lr(config: OptimizerConfig, batch_size: int) -> float:
@@ -41,8 +49,10 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.dev
         _require_apex(name, device)
         name = APEX[name]
     elif name not in list_optimizers():
-        raise ValueError(f"optimizer.name={config.name}: unknown; known are {', '.join(sorted([*list_optimizers(), *APEX]))}")
-    options: dict[str, object] = {"betas": config.betas, "eps": config.eps}
+        raise ValueError(
+            f"optimizer.name={config.name}: unknown; known are {', '.join(sorted([*map(str, list_optimizers()), *APEX]))}"
+        )
+    options: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
     options = {key: value for key, value in options.items() if value is not None}
     if device.type == "cuda" and name in ("adam", "adamw"):
         options["fused"] = True
@@ -51,7 +61,9 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.dev
             model, opt=name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **options
         )
     except TypeError as error:
-        raise ValueError(f"optimizer.name={config.name}: {error} (set optimizer.betas and optimizer.eps to null)") from error
+        raise ValueError(
+            f"optimizer.name={config.name}: {error} (set optimizer.betas and optimizer.eps to null)"
+        ) from error
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

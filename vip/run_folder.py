@@ -1,8 +1,8 @@
 """A run's folder, from outside the loop: where to start, what to say at the start and the end, who watches.
 
-    runs/<name>/config.yaml      every key, resolved
-    runs/<name>/metrics.jsonl    one JSON object a line
-    runs/<name>/checkpoints/     the newest and the best
+runs/<name>/config.yaml      every key, resolved
+runs/<name>/metrics.jsonl    one JSON object a line
+runs/<name>/checkpoints/     the newest and the best
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from rich.console import Console
 
 from vip import checkpoint, config
 from vip.config import ConfigError, RunConfig
-from vip.distributed import World
 from vip.engine import Progress, Trainer
 from vip.plan import Plan
 from vip.tracking import Fanout, Tracker
@@ -35,7 +34,7 @@ def find_start(run: RunConfig, fingerprint: dict[str, Any], console: Console) ->
     The run's own newest checkpoint comes first, so that a command with `resume=<path>` may be repeated after an interruption.
     Raises ValueError where the folder belongs to another run, and where `resume=never` would overwrite one.
     """
-    own = checkpoint.newest(run.folder / "checkpoints")
+    own = checkpoint.newest(run.folder / "checkpoints", console.print)
     if run.resume == "never" and own is not None:
         raise ConfigError(
             f"resume=never: {run.folder} already holds a run (step {own.step}); choose another name=..., or delete that folder"
@@ -65,7 +64,9 @@ def announce(run: RunConfig, plan: Plan, trainer: Trainer, num_images: tuple[int
     millions = sum(p.numel() for p in trainer.parts.model.parameters()) / 1e6
     height, width = trainer.parts.image_size
     facts = trainer.parts.fingerprint
-    console.print(f"network   {run.model.name}, {millions:.1f} M parameters, {height}x{width}, {run.precision.name} on {name}")
+    console.print(
+        f"network   {run.model.name}, {millions:.1f} M parameters, {height}x{width}, {run.precision.name} on {name}"
+    )
     console.print(f"data      {run.data.kind}: {num_images[0]:,} training and {num_images[1]:,} validation images, "
                   f"{facts['num_classes']} classes")  # fmt: skip
     console.print(f"plan      {plan.describe()}")
@@ -111,7 +112,12 @@ def _trackers(run: RunConfig, plan: Plan, progress: Progress, console: Console) 
         from vip.tracking.wandb_run import WandbTracker
 
         tracker = WandbTracker(
-            run.tracking.mode, run.tracking.project, run.name, run.folder, dataclasses.asdict(run), progress.tracking.get("wandb")
+            run.tracking.mode,
+            run.tracking.project,
+            run.name,
+            run.folder,
+            dataclasses.asdict(run),
+            progress.tracking.get("wandb"),
         )
         progress.tracking["wandb"] = tracker.run_id
         trackers.append(tracker)

@@ -1,16 +1,18 @@
 """Class-folder trees: the class map, foreign files, links, and images of every mode."""
 
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import WriteTree
 from PIL import Image
 
 from data.config import DataConfig
 from data.decode import BadImageError, open_rgb
 from data.sources import Source, open_source, open_sources
+
+WriteTree = Callable[[dict[str, Iterable[str]]], Path]
 
 
 def folder(root: Path) -> DataConfig:

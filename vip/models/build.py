@@ -2,7 +2,7 @@
 
 import difflib
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -48,7 +48,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         raise ValueError(
             f"model.name={config.name}: no such network; near: {', '.join(near) or 'none (see timm.list_models())'}"
         )
-    options: dict[str, object] = {"num_classes": num_classes, "drop_rate": config.drop_rate}
+    options: dict[str, Any] = {"num_classes": num_classes, "drop_rate": config.drop_rate}
     if config.drop_path.rate:
         options["drop_path_rate"] = config.drop_path.rate
     if config.mixer is not None:
@@ -84,4 +84,5 @@ def compile_model(model: nn.Module) -> None:
 
 
 def _takes_img_size(name: str) -> bool:
-    return bool(timm.models.get_pretrained_cfg(name, allow_unregistered=True).fixed_input_size)
+    found = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    return found is not None and found.fixed_input_size

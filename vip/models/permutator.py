@@ -55,10 +55,10 @@ class PatchProjection(nn.Module):
 
 
 class PermuteMlp(nn.Module):
-    """The Permute-MLP layer (section 3.2): a linear map over (H, S), one over (W, S), one over C, fused.
+    """The Permute-MLP layer of the paper: a linear map over (H, S), one over (W, S), one over C, fused.
 
-    The plain form adds the three results. The weighted form (section 3.3) scales each first, per sample and channel, by
-    a softmax over the three: split attention (ResNeSt, arXiv 2004.08955) on the mean of their sum.
+    The plain form adds the three results. The weighted form ("Weighted Permute-MLP") scales each first, per sample and
+    channel, by a softmax over the three: split attention (ResNeSt, arXiv 2004.08955) on the mean of their sum.
     """
 
     def __init__(self, dim: int, segment_dim: int, grid: tuple[int, int], mixer: Mixer, **factory: Any) -> None:
@@ -116,7 +116,7 @@ class PermuteMlp(nn.Module):
 
 
 class PermutatorBlock(nn.Module):
-    """Pre-norm residual block (section 3.1): tokens mixed by the Permute-MLP, then channels by an MLP."""
+    """The paper's Permutator, a pre-norm residual block: the Permute-MLP mixes tokens, then an MLP their channels."""
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: nn.Module, **factory: Any) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class VisionPermutator(nn.Module):
         self.patch_embed = PatchProjection(in_chans, stages[0].dim, patch_size, **factory)
         rates = iter(depth_rates(drop_path_rate, sum(stage.depth for stage in stages)))
         network: list[nn.Module] = []
-        self.feature_info: list[dict[str, Any]] = []
+        feature_info: list[dict[str, Any]] = []
         dim, reduction = stages[0].dim, patch_size
         for stage in stages:
             if stage.dim != dim:
@@ -202,9 +202,10 @@ class VisionPermutator(nn.Module):
                 )
                 for _ in range(stage.depth)
             ]
-            self.feature_info.append({"module": f"network.{len(network)}", "num_chs": dim, "reduction": reduction})
+            feature_info.append({"module": f"network.{len(network)}", "num_chs": dim, "reduction": reduction})
             network.append(nn.Sequential(*blocks))
         self.network = nn.Sequential(*network)
+        self.feature_info = feature_info
         self.norm: nn.Module = nn.LayerNorm(dim, **factory)
         self.head_drop = nn.Dropout(drop_rate)
         self.head: nn.Module = nn.Linear(dim, num_classes, **factory) if num_classes > 0 else nn.Identity()

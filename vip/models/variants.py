@@ -1,6 +1,6 @@
 """The sizes of Vision Permutator, registered with timm: `import vip; timm.create_model("vip_s7")`.
 
-The dimensions are those of the published networks (arXiv 2106.12368, table 2, and their checkpoints). Small/16 was
+The dimensions are those of the published networks (arXiv 2106.12368 and its checkpoints). Small/16 was
 reported without code: 392 is the multiple of its 14 rows nearest to the 384 channels of Small/14. Tiny is ours, for
 32x32 images. A 2x2 merging opens each stage whose channels differ from those before.
 """
@@ -62,8 +62,8 @@ VARIANTS = {
     "vip_tiny": Variant(
         4,
         (
-            Stage(2, dim=64, segment_dim=8),
-            Stage(4, dim=128, segment_dim=32),
+            Stage(2, dim=48, segment_dim=6),
+            Stage(4, dim=96, segment_dim=24),
         ),
         img_size=32,
         crop_pct=1.0,
@@ -137,5 +137,5 @@ def vip_l7(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def vip_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Tiny: 8x8 tokens of 64 channels, then 4x4 of 128, for 32x32 images."""
+    """Tiny: 8x8 tokens of 48 channels, then 4x4 of 96, for 32x32 images."""
     return _create("vip_tiny", pretrained, kwargs)

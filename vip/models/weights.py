@@ -39,14 +39,15 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         ValueError: names or shapes differ; the message names them, and says how to build a network that fits.
     """
     own = model.state_dict()
-    _check_head(model, own, state_dict)
+    head = _head_names(model)
     missing = [name for name in own if name not in state_dict]
     unexpected = [name for name in state_dict if name not in own]
-    if missing or unexpected:
+    if not {*missing, *unexpected} <= head:
         raise ValueError(
             f"the weights are not those of this {type(model).__name__}: missing {_some(missing)}; "
             f"unexpected {_some(unexpected)}; build the variant that the checkpoint was made from"
         )
+    _check_head(head, own, state_dict)
     unlike = [name for name in own if own[name].shape != state_dict[name].shape]
     if unlike:
         name = unlike[0]
@@ -62,17 +63,21 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     return unwrap_state_dict(state_dict)
 
 
-def _check_head(model: nn.Module, own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
+def _head_names(model: nn.Module) -> set[str]:
+    """Names of the classifier's parameters, as timm's pretrained_cfg knows it (some networks have two)."""
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    modules = (classifier,) if isinstance(classifier, str) else classifier
+    return {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
+
+
+def _check_head(head: set[str], own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
     """A head of another class count is the commonest misfit, and the one with the simplest remedy."""
-    classifier = getattr(model, "pretrained_cfg", {}).get("classifier")
-    for name in [classifier] if isinstance(classifier, str) else classifier or []:
-        theirs = state_dict.get(f"{name}.weight")
-        num_theirs = 0 if theirs is None else len(theirs)
-        num_own = len(own[f"{name}.weight"]) if f"{name}.weight" in own else 0
+    for name in sorted(head):
+        num_theirs, num_own = (len(tensors[name]) if name in tensors else 0 for tensors in (state_dict, own))
         if num_theirs != num_own:
             raise ValueError(
-                f"{name} has {num_theirs} classes in the checkpoint and {num_own} here: build the network with "
-                f"num_classes={num_theirs}, and call reset_classifier({num_own}) after loading to train another head"
+                f"{name.rpartition('.')[0]} has {num_theirs} classes in the checkpoint and {num_own} here: build the network "
+                f"with num_classes={num_theirs}, and call reset_classifier({num_own}) after loading to train another head"
             )
 
 

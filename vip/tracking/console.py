@@ -3,10 +3,12 @@
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from vip.plan import Plan
 from vip.tracking.base import Record
+
+WIDE = 100  # columns; narrower terminals get a short bar and fewer words
 
 
 class ConsoleTracker:
@@ -23,7 +25,7 @@ class ConsoleTracker:
     def log(self, step: int, record: Record) -> None:
         if "val/top1" in record:
             self._finish_bar()
-            self.console.print(self._validation(step, record), highlight=False)
+            self.console.print(self._validation(step, record))
         if "train/loss" in record:
             if self.console.is_terminal:
                 self._show_bar(step, record)
@@ -31,7 +33,6 @@ class ConsoleTracker:
                 self.console.print(
                     f"step {step}/{self.plan.total_steps}  epoch {record['epoch']:.2f}  {self._training(record)}  "
                     f"left {self._time_left(step)}",
-                    highlight=False,
                     soft_wrap=True,
                 )
 
@@ -39,10 +40,11 @@ class ConsoleTracker:
         self._finish_bar()
 
     def _training(self, record: Record) -> str:
-        return (
-            f"loss {record['train/loss']:.4f}  lr {record['train/lr']:.2e}  {record['train/images_per_s']:.0f} images/s  "
-            f"data wait {100 * record['train/data_wait']:.0f}%"
+        text = (
+            f"loss {record['train/loss']:.3f} lr {record['train/lr']:.1e} {record['train/images_per_s']:.0f} images/s"
         )
+        wait = f" data wait {record['train/data_wait']:.0%}"
+        return text + (wait if not self.console.is_terminal or self.console.width >= WIDE else "")
 
     def _validation(self, step: int, record: Record) -> str:
         parts = [f"epoch {self.plan.epoch_at(step):.0f}/{self.plan.total_epochs}  validation"]
@@ -58,22 +60,19 @@ class ConsoleTracker:
             self._finish_bar()
             self.bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
-                BarColumn(bar_width=None),
+                BarColumn(bar_width=8 if self.console.width < WIDE else 30),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(compact=True),
-                TextColumn("run {task.fields[left]}"),
                 console=self.console,
-                expand=True,
             )
             self.task = self.bar.add_task(
-                "", total=self.plan.steps_per_epoch, epoch=f"{epoch + 1}/{self.plan.total_epochs}", text="", left=""
+                "", total=self.plan.steps_per_epoch, epoch=f"{epoch + 1}/{self.plan.total_epochs}", text=""
             )
             self.bar.start()
             self.bar_epoch = epoch
         assert self.task is not None
         done = step - epoch * self.plan.steps_per_epoch
-        self.bar.update(self.task, completed=done, text=self._training(record), left=self._time_left(step))
+        self.bar.update(self.task, completed=done, text=f"{self._training(record)} left {self._time_left(step)}")
 
     def _finish_bar(self) -> None:
         if self.bar is not None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import wandb
+from wandb.sdk.lib.runid import generate_id
 
 from vip.tracking.base import Record
 
@@ -28,16 +29,20 @@ class WandbTracker:
         config: dict[str, Any],
         run_id: str | None,
     ) -> None:
-        self.run_id = run_id or wandb.util.generate_id()
+        self.run_id = run_id or generate_id()
         if mode == "online" and not wandb.api.api_key:
-            log.warning("wandb: no API key (set WANDB_API_KEY or run `wandb login`); recording offline in %s", folder / "wandb")
+            log.warning(
+                "wandb: no API key (set WANDB_API_KEY or run `wandb login`); recording offline in %s", folder / "wandb"
+            )
             mode = "offline"
         options: dict[str, Any] = {"project": project, "name": name, "dir": folder, "config": config, "id": self.run_id}
         try:
             settings = wandb.Settings(init_timeout=INIT_TIMEOUT, silent=True)
             self.run = wandb.init(mode=mode, resume="allow" if mode == "online" else None, settings=settings, **options)
         except (wandb.Error, OSError) as error:
-            log.warning("wandb: no connection (%s); recording offline in %s", str(error).splitlines()[0], folder / "wandb")
+            log.warning(
+                "wandb: no connection (%s); recording offline in %s", str(error).splitlines()[0], folder / "wandb"
+            )
             self.run = wandb.init(mode="offline", settings=wandb.Settings(silent=True), **options)
 
     def log(self, step: int, record: Record) -> None:
@@ -46,4 +51,4 @@ class WandbTracker:
             self.run.summary["best_top1"] = record["val/best_top1"]
 
     def close(self, status: str) -> None:
-        self.run.finish(exit_code=0 if status == "done" else 1, quiet=True)
+        self.run.finish(exit_code=0 if status == "done" else 1)

@@ -1,0 +1,228 @@
+"""Loaders: the same samples for every number of workers, ranks and accumulation steps; exact seeking; a clean end."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from data.augment import EvalTransform, TrainTransform
+from data.batch import Batch
+from data.config import AugmentConfig, DataConfig
+from data.decode import BadImageError
+from data.loader import EVAL_SLICE, eval_loader, eval_requests, train_loader
+from data.order import BatchPlan, EpochOrder
+from data.sources import Source, open_source
+
+TRANSFORM = TrainTransform(AugmentConfig(), (32, 32))
+SEED = 11
+
+
+@pytest.fixture(scope="module")
+def synthetic() -> Source:
+    """20 images: two global batches of 8 to an epoch."""
+    return open_source(DataConfig(kind="synthetic", num_images=20, num_classes=5), "train")
+
+
+def global_batches(
+    source: Source,
+    *,
+    world: int = 1,
+    accumulation: int = 1,
+    workers: int = 0,
+    start: int = 0,
+    total: int = 5,
+    repeats: int = 1,
+) -> list[Batch]:
+    """What all ranks together load, put together step by step in the order of positions."""
+    order = EpochOrder(len(source), SEED, repeats)
+    plans = [BatchPlan(8, world, rank, accumulation) for rank in range(world)]
+    per_rank = [
+        list(train_loader(source, TRANSFORM, order, plan, start_step=start, total_steps=total, workers=workers))
+        for plan in plans
+    ]
+    micro_batches = [batch for same_turn in zip(*per_rank, strict=True) for batch in same_turn]
+    pieces = world * accumulation
+    return [
+        Batch(*(torch.cat(fields) for fields in zip(*micro_batches[first : first + pieces], strict=True)))
+        for first in range(0, len(micro_batches), pieces)
+    ]
+
+
+def assert_same(ours: list[Batch], expected: list[Batch]) -> None:
+    assert len(ours) == len(expected)
+    for one, other in zip(ours, expected, strict=True):
+        for name, field, expected_field in zip(Batch._fields, one, other, strict=True):
+            assert torch.equal(field, expected_field), name
+
+
+@pytest.fixture(scope="module")
+def reference(synthetic: Source) -> list[Batch]:
+    return global_batches(synthetic)
+
+
+def test_batches_follow_the_order(synthetic: Source, reference: list[Batch]) -> None:
+    order = EpochOrder(20, SEED)
+    expected = [order.indices(step // 2)[step % 2 * 8 :][:8].tolist() for step in range(5)]
+    assert [batch.indices.tolist() for batch in reference] == expected
+    first = reference[0]
+    assert first.images.shape == (8, 3, 32, 32)
+    assert first.images.dtype == torch.uint8
+    assert first.labels.tolist() == synthetic.labels[first.indices.numpy()].tolist()
+    assert any(batch.erase.any() for batch in reference)
+
+
+@pytest.mark.parametrize(
+    ("world", "accumulation", "workers"), [(1, 1, 1), (1, 1, 2), (2, 1, 0), (4, 1, 1), (1, 4, 2), (2, 2, 2), (8, 1, 0)]
+)
+def test_same_samples_however_sliced(
+    synthetic: Source, reference: list[Batch], world: int, accumulation: int, workers: int
+) -> None:
+    ours = global_batches(synthetic, world=world, accumulation=accumulation, workers=workers)
+    assert_same(ours, reference)
+
+
+@pytest.mark.parametrize(("start", "workers"), [(1, 0), (2, 2), (3, 1), (5, 0)])
+def test_seek_equals_the_tail(synthetic: Source, reference: list[Batch], start: int, workers: int) -> None:
+    assert_same(global_batches(synthetic, start=start, workers=workers), reference[start:])
+
+
+def test_epochs_augment_differently(synthetic: Source, reference: list[Batch]) -> None:
+    pixels = {}
+    for step, batch in enumerate(reference):
+        pixels.update(
+            {(step // 2, index): image for index, image in zip(batch.indices.tolist(), batch.images, strict=True)}
+        )
+    both = [index for epoch, index in pixels if epoch == 0 and (1, index) in pixels]
+    assert both
+    assert all(not torch.equal(pixels[0, index], pixels[1, index]) for index in both)
+
+
+def test_repeated_augmentation_differs_by_copy(synthetic: Source) -> None:
+    batch = global_batches(synthetic, repeats=2, total=1)[0]
+    assert torch.equal(batch.indices[::2], batch.indices[1::2])
+    assert all(not torch.equal(one, other) for one, other in zip(batch.images[::2], batch.images[1::2], strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_global_random_state_is_neither_read_nor_changed(synthetic: Source, workers: int) -> None:
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    first = global_batches(synthetic, workers=workers, total=2)
+    drawn = random.random(), np.random.rand(), torch.rand(1).item()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    assert drawn == (random.random(), np.random.rand(), torch.rand(1).item())
+    assert_same(global_batches(synthetic, workers=workers, total=2), first)
+
+
+def test_too_few_images(synthetic: Source) -> None:
+    with pytest.raises(ValueError, match=r"batch_size=21 is larger than the training set: use 20"):
+        train_loader(synthetic, TRANSFORM, EpochOrder(20, SEED), BatchPlan(21), start_step=0, total_steps=1, workers=0)
+
+
+@given(num_images=st.integers(1, 200), batch_size=st.integers(1, 150), world=st.integers(1, 4))
+def test_evaluation_slices_each_image_once(num_images: int, batch_size: int, world: int) -> None:
+    slices = []
+    for rank in range(world):
+        for batch in eval_requests(num_images, batch_size, rank, world):
+            assert len(batch) <= max(batch_size, EVAL_SLICE)
+            slices += [part.tolist() for part in torch.from_numpy(batch).split(EVAL_SLICE)]
+    assert sorted(slices) == [
+        list(range(first, min(first + EVAL_SLICE, num_images))) for first in range(0, num_images, EVAL_SLICE)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("world", "batch_size", "workers"), [(1, 1, 0), (1, 100, 2), (2, 64, 1), (3, 7, 0), (4, 32, 0)]
+)
+def test_evaluation_loads_each_image_once(
+    digits: tuple[Source, Source], world: int, batch_size: int, workers: int
+) -> None:
+    source = digits[1]
+    transform = EvalTransform((32, 32), 1.0)
+    counts: Counter[int] = Counter()
+    for rank in range(world):
+        loader = eval_loader(source, transform, batch_size=batch_size, rank=rank, world=world, workers=workers)
+        for batch in loader:
+            counts.update(batch.indices.tolist())
+            assert batch.labels.tolist() == source.labels[batch.indices.numpy()].tolist()
+            first = np.asarray(source.load(int(batch.indices[0])))
+            assert np.array_equal(batch.images[0].permute(1, 2, 0).numpy(), first)
+    assert counts == Counter(range(len(source)))
+
+
+def test_a_rank_without_slices_has_nothing_to_do(synthetic: Source) -> None:
+    transform = EvalTransform((32, 32), 1.0)
+    assert list(eval_loader(synthetic, transform, batch_size=32, rank=1, world=2, workers=0)) == []
+    passes = [list(eval_loader(synthetic, transform, batch_size=32, world=2, workers=workers)) for workers in (1, 0)]
+    assert_same(*passes)
+
+
+def test_a_bad_image_is_named_from_a_worker(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / split / "cat" / "good.png")
+    (tmp_path / "train" / "cat" / "bad.png").write_bytes(b"no image")
+    source = open_source(DataConfig(kind="folder", root=str(tmp_path)), "train")
+    batches = train_loader(source, TRANSFORM, EpochOrder(2, 0), BatchPlan(2), start_step=0, total_steps=1, workers=1)
+    with pytest.raises(BadImageError, match=r"cannot decode .*train/cat/bad.png"):
+        next(batches)
+
+
+TRAINING = """
+import signal, time
+from data.augment import TrainTransform
+from data.config import AugmentConfig, DataConfig
+from data.loader import train_loader
+from data.order import BatchPlan, EpochOrder
+from data.sources import open_source
+
+signal.signal(signal.SIGTERM, lambda number, frame: None)
+source = open_source(DataConfig(kind="synthetic", num_images=64), "train")
+transform = TrainTransform(AugmentConfig(), (32, 32))
+batches = train_loader(
+    source, transform, EpochOrder(64, 0), BatchPlan(4), start_step=0, total_steps=10**6, workers=2
+)
+for batch in batches:
+    print("batch", flush=True)
+    time.sleep(0.05)
+"""
+
+
+def test_interrupting_the_process_group_leaves_no_worker_tracebacks() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAINING],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for _ in range(4):
+        assert process.stdout.readline() == "batch\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert errors.count("Traceback") == 1, errors
+    assert errors.endswith("KeyboardInterrupt\n"), errors
+
+
+def test_close_ends_the_workers(synthetic: Source) -> None:
+    before = set(multiprocessing.active_children())
+    batches = train_loader(
+        synthetic, TRANSFORM, EpochOrder(20, SEED), BatchPlan(8), start_step=0, total_steps=1000, workers=2
+    )
+    next(batches)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    batches.close()
+    batches.close()
+    assert not any(worker.is_alive() for worker in workers)
