@@ -84,9 +84,10 @@ class Trainer:
         state = found.state
         self.parts.model.load_state_dict(state["model"])
         self.parts.optimizer.load_state_dict(state["optimizer"])
-        self.parts.precision.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
+        if state["scaler"] and self.parts.precision.scaler.is_enabled():
+            self.parts.precision.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:  # an average that was not kept before starts from the weights
+            self.ema.module.load_state_dict(state["ema"] or state["model"])
         self.progress = Progress(**state["progress"])
 
     def fit(self) -> Progress:
