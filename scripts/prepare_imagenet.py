@@ -53,6 +53,7 @@ def prepare(archives: Path, out: Path) -> None:
         print(f"{split}: {len(classes)} classes, {images:,} images in {out / split}")
     for kind in ("devkit", "train", "val"):
         (out / imagenet.ARCHIVE_META[kind][0]).unlink()
+    (out / imagenet.META_FILE).unlink(missing_ok=True)
 
 
 def _unpack_val(out: Path) -> None:

@@ -237,10 +237,15 @@ def departures(config: RunConfig) -> list[str]:
     free: tuple[str, ...] = ("name", "runs_dir", "seed", "resume", "micro_batch", "keep", "data.", "tracking.")
     free += ("eval_every", "save_every", "log_every")
     return [
-        f"{key}: {published.get(key)} -> {value}"
+        f"{key}: {as_yaml(published.get(key))} -> {as_yaml(value)}"
         for key, value in _flatten(dataclasses.asdict(config))
         if published.get(key) != value and not key.startswith(free)
     ]
+
+
+def as_yaml(value: Any) -> str:
+    """One value as it would be typed."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def to_yaml(config: Any) -> str:

@@ -78,6 +78,7 @@ class Trainer:
         self.wrapped = world.wrap(parts.model)
         self.peak_lr = peak_lr(config.optimizer, config.batch_size)
         self.drop_rate = -1.0
+        self.saved_step = 0
 
     def resume(self, found: checkpoint.Checkpoint) -> None:
         """Take weights, moments, averages, scaler and position from a checkpoint of the same run."""
@@ -89,6 +90,7 @@ class Trainer:
         if self.ema is not None:  # an average that was not kept before starts from the weights
             self.ema.module.load_state_dict(state["ema"] or state["model"])
         self.progress = Progress(**state["progress"])
+        self.saved_step = self.progress.step
 
     def fit(self) -> Progress:
         """Train to the end of the plan, validating and saving on the way; returns where the run ended."""
@@ -229,6 +231,7 @@ class Trainer:
     def _save(self, improved: bool) -> None:
         if self.world.is_main:
             checkpoint.save(self.config.folder / "checkpoints", self.state(), self.config.keep, improved)
+        self.saved_step = self.progress.step
 
 
 def seed_step(seed: int, step: int, world: World) -> None:

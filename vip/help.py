@@ -1,6 +1,5 @@
 """`--help`: written from the schema and the files of conf/, so that it cannot say what is not there."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ def print_help(config_name: str, schema: Any) -> None:
     console.print("\nKeys: key=value")
     defaults = dict(config.defaults(config_name))
     for key, kind, text in config.walk(schema):
-        default = f" = {_yaml(defaults[key])}" if key in defaults else ""
+        default = f" = {config.as_yaml(defaults[key])}" if key in defaults else ""
         console.print(
             f"[bold]{key}[/bold]{escape(default)}   [dim]{escape(kind)}[/dim]", highlight=False, soft_wrap=True
         )
@@ -42,10 +41,6 @@ def print_help(config_name: str, schema: Any) -> None:
     console.print(
         "\nSeveral values at once, one run after the other: -m seed=1,2,3.  The composed configuration: --cfg job."
     )
-
-
-def _yaml(value: Any) -> str:
-    return str(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _opening(path: Path) -> list[str]:

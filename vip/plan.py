@@ -24,8 +24,10 @@ class Plan:
         return step / self.steps_per_epoch
 
     def describe(self) -> str:
+        processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
+        passes = f"{self.accumulation} pass{'es' if self.accumulation > 1 else ''}"
         return (
-            f"{self.batch_size} images a step = {self.world_size} processes x {self.micro_batch} x {self.accumulation} passes; "
+            f"{self.batch_size} images a step = {processes} x {passes} x {self.micro_batch}; "
             f"{self.total_steps} steps, {self.steps_per_epoch} an epoch"
         )
 

@@ -89,16 +89,16 @@ def tracked(run: RunConfig, plan: Plan, trainer: Trainer, console: Console) -> I
         status = "done"
     except KeyboardInterrupt:
         status = "interrupted"
-        console.print(f"interrupted at step {progress.step}; the same command goes on from the newest checkpoint")
+        console.print(f"interrupted at step {progress.step}; the same command goes on from step {trainer.saved_step}")
         raise SystemExit(130) from None
     finally:
         trainer.trackers.close(status)
 
 
 def closing_words(run: RunConfig, progress: Progress) -> str:
-    last = progress.last
+    top1 = progress.last.get("val_ema/top1", progress.last["val/top1"])  # averaged weights decide where there are any
     return (
-        f"done: top-1 {last['val/top1']:.2f} %, best {progress.best_top1:.2f} %, after {progress.step} steps in {run.folder}\n"
+        f"done: top-1 {top1:.2f} %, best {progress.best_top1:.2f} %, after {progress.step} steps in {run.folder}\n"
         f"next: python eval.py checkpoint={run.folder}"
     )
 

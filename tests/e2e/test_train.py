@@ -32,7 +32,7 @@ def test_a_run_leaves_metrics_config_and_checkpoints(trained: Path) -> None:
 
 def test_only_rank_0_speaks_and_says_what_comes_next(trained: Path) -> None:
     said = (trained.parents[1] / "stdout.txt").read_text()
-    assert said.count("64 images a step = 2 processes x 32 x 1 passes; 44 steps, 22 an epoch") == 1
+    assert said.count("64 images a step = 2 processes x 1 pass x 32; 44 steps, 22 an epoch") == 1
     assert "next: python eval.py checkpoint=runs/short" in said
 
 

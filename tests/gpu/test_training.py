@@ -30,7 +30,13 @@ def losses(folder: Path) -> list[float]:
 def test_every_precision_learns_eager_and_compiled(
     run: Run, tmp_path: Path, digits: Path, precision: str, compiled: str
 ) -> None:
-    arguments = ("experiment=digits", f"data.root={digits}", "epochs=4", f"precision={precision}", f"compile={compiled}")
+    arguments = (
+        "experiment=digits",
+        f"data.root={digits}",
+        "epochs=4",
+        f"precision={precision}",
+        f"compile={compiled}",
+    )
     run("train.py", *arguments, "model.drop_path.rate=0.1", "ema_decay=0.9")
     seen = losses(tmp_path / "runs/digits")
     assert seen[-1] < 0.8 * seen[0]
@@ -41,7 +47,9 @@ def test_every_precision_learns_eager_and_compiled(
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("compiled", ["false", "true"])
-def test_a_resumed_run_ends_with_the_same_bits(run: Run, tmp_path: Path, digits: Path, precision: str, compiled: str) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(
+    run: Run, tmp_path: Path, digits: Path, precision: str, compiled: str
+) -> None:
     arguments = ("experiment=digits", "augment=vip", f"data.root={digits}", "max_steps=20", "save_every=9", "epochs=4",
                  "model.drop_path.rate=0.2", "ema_decay=0.9", "micro_batch=32", f"precision={precision}",
                  f"compile={compiled}")  # fmt: skip
@@ -50,7 +58,9 @@ def test_a_resumed_run_ends_with_the_same_bits(run: Run, tmp_path: Path, digits:
     checkpoints = tmp_path / "runs/cut/checkpoints"
     (checkpoints / "step_0000000020.safetensors").unlink()  # as if killed after the save at step 18
     run("train.py", *arguments, "name=cut")
-    one, other = (load_file(tmp_path / f"runs/{name}/checkpoints/step_0000000020.safetensors") for name in ("whole", "cut"))
+    one, other = (
+        load_file(tmp_path / f"runs/{name}/checkpoints/step_0000000020.safetensors") for name in ("whole", "cut")
+    )
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
