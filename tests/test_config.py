@@ -122,7 +122,7 @@ def test_departures_name_what_differs_and_nothing_else() -> None:
     departed = compose("model=vip_m7", "optimizer.lr=2e-3", "augment.mixup=0", "epochs=100", "ema_decay=0.9")
     assert config.departures(departed) == [
         "epochs: 300 -> 100",
-        "ema_decay: None -> 0.9",
+        "ema_decay: null -> 0.9",
         "augment.mixup: 0.8 -> 0.0",
         "optimizer.lr: 0.001 -> 0.002",
     ]

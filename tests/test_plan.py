@@ -13,7 +13,7 @@ def test_the_published_run_on_8_gpus() -> None:
     plan = make_plan(2048, None, 8, 1_281_167, 310, None)
     assert (plan.micro_batch, plan.accumulation, plan.steps_per_epoch, plan.total_steps) == (256, 1, 625, 310 * 625)
     assert plan.epoch_at(625) == 1.0
-    assert plan.describe() == "2048 images a step = 8 processes x 256 x 1 passes; 193750 steps, 625 an epoch"
+    assert plan.describe() == "2048 images a step = 8 processes x 1 pass x 256; 193750 steps, 625 an epoch"
 
 
 @settings(deadline=None, max_examples=100)

@@ -91,11 +91,26 @@ def connect() -> Iterator[World]:
         return
     _die_with_launcher()
     on_gpu = place.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=place if on_gpu else None)
+    with contextlib.nullcontext() if on_gpu else _without_stdout():
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=place if on_gpu else None)
     try:
         yield World(rank, size, place)
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _without_stdout() -> Iterator[None]:
+    """Keep gloo's greetings, which no log level silences, off the console: every rank prints one into the others'."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _die_with_launcher() -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
 APEX = {"apex_adam": "fusedadamw", "apex_lamb": "fusedlamb"}
@@ -43,7 +43,7 @@ def peak_lr(config: OptimizerConfig, batch_size: int) -> float:
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """Raises ValueError for a name that timm does not know, and for apex without its CUDA kernels."""
+    """Raises ValueError for a name that timm does not know, options that it does not take, and apex without its kernels."""
     name = config.name
     if name in APEX:
         _require_apex(name, device)
@@ -52,18 +52,24 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.dev
         raise ValueError(
             f"optimizer.name={config.name}: unknown; known are {', '.join(sorted([*map(str, list_optimizers()), *APEX]))}"
         )
-    options: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
-    options = {key: value for key, value in options.items() if value is not None}
+    info = get_optimizer_info(name)
+    if info.second_order:
+        raise ValueError(f"optimizer.name={config.name}: needs second derivatives, which a step does not have; take adamw")
+    options: dict[str, Any] = {}
+    for key, takes in (("betas", info.has_betas), ("eps", info.has_eps)):
+        value = getattr(config, key)
+        if value is not None and not takes:  # timm would drop it without a word
+            raise ValueError(f"optimizer.{key}={value}: {config.name} has no {key}; set it to null")
+        if value is not None:
+            options[key] = value
     if device.type == "cuda" and name in ("adam", "adamw"):
         options["fused"] = True
     try:
         return create_optimizer_v2(
             model, opt=name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **options
         )
-    except TypeError as error:
-        raise ValueError(
-            f"optimizer.name={config.name}: {error} (set optimizer.betas and optimizer.eps to null)"
-        ) from error
+    except (AssertionError, ImportError, TypeError) as error:  # how timm says that a library or a GPU is missing
+        raise ValueError(f"optimizer.name={config.name}: {error}; take adamw or another of timm's own") from error
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
