@@ -28,7 +28,7 @@ from vip.precision import Precision
 
 def train(run: RunConfig) -> None:
     with connect() as world:
-        console = Console(quiet=not world.is_main, soft_wrap=True, highlight=False)
+        console = Console(quiet=not world.is_main, soft_wrap=True, highlight=False, markup=False)
         train_set, val_set = open_sources(run.data)
         plan = make_plan(run.batch_size, run.micro_batch, world.size, len(train_set), run.total_epochs, run.max_steps)
         trainer = Trainer(run, plan, world, build(run, plan, world, train_set, val_set))
@@ -68,7 +68,7 @@ def build(run: RunConfig, plan: Plan, world: World, train_set: Source, val_set: 
         return evaluate(network, batches, len(val_set), normalize, precision, world)
 
     facts = {key: getattr(run, key) for key in ("batch_size", "seed", "compile")}
-    facts |= {"world_size": world.size, "precision": run.precision.name}
+    facts |= {"optimizer": run.optimizer.name, "world_size": world.size, "precision": run.precision.name}
     return Parts(
         model=model,
         optimizer=build_optimizer(run.optimizer, model, world.device),

@@ -17,8 +17,17 @@ from safetensors.torch import save_file
 from vip import checkpoint
 from vip.checkpoint import CheckpointError
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
-text = st.text(st.characters(codec="utf-8", exclude_categories=("C",)), max_size=6)
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+]
+text = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=6)
 
 
 @st.composite
@@ -30,12 +39,12 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
     return values.nan_to_num().to(draw(st.sampled_from(DTYPES))) if draw(st.booleans()) else values
 
 
+keys = text | st.integers(0, 12)
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | text | tensors()
-trees = st.dictionaries(
-    text | st.integers(0, 12),
-    st.recursive(leaves, lambda t: st.lists(t, max_size=3) | st.dictionaries(text | st.integers(0, 12), t, max_size=3), max_leaves=8),
-    max_size=5,
-)  # fmt: skip
+branches = st.recursive(
+    leaves, lambda tree: st.lists(tree, max_size=3) | st.dictionaries(keys, tree, max_size=3), max_leaves=8
+)
+trees = st.dictionaries(keys, branches, max_size=5)
 
 
 def assert_same(one: Any, other: Any) -> None:
@@ -66,7 +75,7 @@ def test_any_tree_comes_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactor
 
 def test_names_that_look_alike_stay_apart(tmp_path: Path) -> None:
     one, two, three = torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)
-    tree = {"a/b": one, "a": {"b": two}, 1: three, "1": one, "/1": two, "__metadata__": three}
+    tree: dict[Any, Any] = {"a/b": one, "a": {"b": two}, 1: three, "1": one, "/1": two, "__metadata__": three}
     checkpoint.write(tmp_path / "x.safetensors", tree)
     assert_same(checkpoint.read(tmp_path / "x.safetensors").state, tree)
 
@@ -135,7 +144,9 @@ def test_a_zeroed_page_is_refused(tmp_path: Path) -> None:
             checkpoint.read(path)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-1], lambda b: b[:100] + b"\0" + b[101:], lambda b: bytes(len(b))])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b"", lambda b: b[:-1], lambda b: b[:100] + b"\0" + b[101:], lambda b: bytes(len(b))]
+)
 def test_the_newest_whole_one_is_used_and_the_damaged_named(small: Path, damage: Callable[[bytes], bytes]) -> None:
     said: list[str] = []
     assert checkpoint.newest(small.parent, said.append).step == 2  # type: ignore[union-attr]
@@ -215,7 +226,9 @@ class Payload:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path, zipped: bool) -> None:
     hostile, proof = tmp_path / "weights.pth", tmp_path / "proof"
-    torch.save({"state_dict": {"w": torch.ones(2)}, "x": Payload(proof)}, hostile, _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"state_dict": {"w": torch.ones(2)}, "x": Payload(proof)}, hostile, _use_new_zipfile_serialization=zipped
+    )
     with pytest.raises(CheckpointError, match="holds more than tensors") as refused:
         checkpoint.read_weights(hostile)
     assert "\n" not in str(refused.value)

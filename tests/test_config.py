@@ -46,7 +46,9 @@ def test_every_choice_of_every_group_composes(choice: str) -> None:
             assert composed[prefix + key] == (tuple(value) if isinstance(value, list) else value), key
 
 
-@pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice.split("/")[0] in ("model", "data", "precision")])
+@pytest.mark.parametrize(
+    "choice", [choice for choice in CHOICES if choice.split("/")[0] in ("model", "data", "precision")]
+)
 def test_every_choice_composes_for_evaluation(choice: str) -> None:
     overrides = ["checkpoint=runs/x", choice.replace("/", "=", 1), *REQUIRED.get(choice, [])]
     run = config.parse(EvalConfig, config.compose("eval", overrides))
@@ -57,7 +59,11 @@ def test_every_choice_composes_for_evaluation(choice: str) -> None:
 def test_every_model_choice_builds(name: str) -> None:
     chosen = compose(f"model={name}").model
     assert chosen.name == name
-    options = {"mixer": chosen.mixer, "drop_rate": chosen.drop_rate, "drop_path_rate": chosen.drop_path.rate}
+    options: dict[str, Any] = {
+        "mixer": chosen.mixer,
+        "drop_rate": chosen.drop_rate,
+        "drop_path_rate": chosen.drop_path.rate,
+    }
     assert timm.create_model(chosen.name, num_classes=7, device="meta", **options).num_classes == 7
 
 
@@ -144,7 +150,7 @@ def test_departures_name_what_differs_and_nothing_else() -> None:
         ("epochs=many", ("epochs=many", "integer")),
         ("epochs=1.5", ("epochs=1.5", "integer")),
         ("epochs=0", ("epochs=0", "greater than or equal to 1")),
-        ("epochs=null", ("epochs=None",)),
+        ("epochs=null", ("epochs=null",)),
         ("compile=1", ("compile=1", "boolean")),
         ("batch_size=-8", ("batch_size=-8", "1")),
         ("optimizer.lr=0", ("optimizer.lr=0", "greater than 0")),
@@ -177,9 +183,24 @@ def test_a_wrong_key_or_value_is_named_in_one_line(override: str, expected: tupl
     ("script", "arguments", "expected"),
     [
         ("train.py", ("epocs=3",), "train.py: error: epocs=3: no such key; nearest: epochs\n"),
-        ("train.py", ("model=vip_s8", "batch_size=x"), "train.py: error: model=vip_s8: no such choice; nearest: vip_s7"),
+        (
+            "train.py",
+            ("model=vip_s8", "batch_size=x"),
+            "train.py: error: model=vip_s8: no such choice; nearest: vip_s7",
+        ),
         ("train.py", ("experiment=digits", "optimizer.lr=fast"), "train.py: error: optimizer.lr=fast: should be"),
-        ("eval.py", ("checkpoint=x", "precison=bf16"), "eval.py: error: precison=bf16: no such key; nearest: precision\n"),
+        ("train.py", ("-m", "epocs=3,4"), "train.py: error: epocs=3: no such key; nearest: epochs\n"),
+        (
+            "train.py",
+            ("-m", "model=vip_s8", "seed=1,2"),
+            "train.py: error: model=vip_s8: no such choice; nearest: vip_s7",
+        ),
+        ("train.py", ("-m", "optimizer.lr=range(0,3)"), "train.py: error: optimizer.lr=0: should be"),
+        (
+            "eval.py",
+            ("checkpoint=x", "precison=bf16"),
+            "eval.py: error: precison=bf16: no such key; nearest: precision\n",
+        ),
         ("eval.py", ("checkpoint=x", "batch_size=0"), "eval.py: error: batch_size=0: should be greater"),
     ],
 )

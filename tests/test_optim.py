@@ -27,8 +27,12 @@ def small_net() -> nn.Module:
 @pytest.mark.parametrize("name", ["vip_tiny", "test_vit"])
 def test_biases_norms_and_what_the_network_lists_are_not_decayed(name: str) -> None:
     model = timm.create_model(name, num_classes=10)
-    exempt = getattr(model, "no_weight_decay", set)()
-    decay = {id(p): group["weight_decay"] for group in build_optimizer(settings(), model, CPU).param_groups for p in group["params"]}
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()
+    decay = {
+        id(p): group["weight_decay"]
+        for group in build_optimizer(settings(), model, CPU).param_groups
+        for p in group["params"]
+    }
     assert len(decay) == len(list(model.parameters()))
     for parameter_name, parameter in model.named_parameters():
         free = parameter.ndim <= 1 or parameter_name in exempt
@@ -36,7 +40,8 @@ def test_biases_norms_and_what_the_network_lists_are_not_decayed(name: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("adamw", "AdamW"), ("sgd", "SGD"), ("momentum", "SGD"), ("lamb", "Lamb"), ("lion", "Lion"), ("rmsprop", "RMSprop")]
+    ("name", "kind"),
+    [("adamw", "AdamW"), ("sgd", "SGD"), ("momentum", "SGD"), ("lamb", "Lamb"), ("lion", "Lion"), ("rmsprop", "RMSprop")],
 )  # fmt: skip
 def test_timm_s_optimizers_by_name_take_a_step(small_net: nn.Module, name: str, kind: str) -> None:
     optimizer = build_optimizer(settings(name), small_net, CPU)
@@ -54,6 +59,11 @@ def test_options_reach_the_optimizer(small_net: nn.Module) -> None:
     assert {(group["momentum"], group["nesterov"]) for group in sgd.param_groups} == {(0.7, True)}
     with pytest.raises(ValueError, match=r"optimizer.betas=\(0.9, 0.99\): sgd has no betas; set it to null"):
         build_optimizer(settings("sgd", betas=(0.9, 0.99)), small_net, CPU)
+
+
+def test_a_value_that_the_optimizer_refuses_names_it(small_net: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"optimizer.name=adamw: .*beta.*; change its keys"):
+        build_optimizer(settings(betas=(0.9, 2.0)), small_net, CPU)
 
 
 def test_second_order_optimizers_are_refused(small_net: nn.Module) -> None:
@@ -85,7 +95,9 @@ def test_apex_without_its_kernels_says_how_to_get_it(
         (tmp_path / "apex" / "optimizers" / "__init__.py").write_text("class FusedAdam: ...\nclass FusedLAMB: ...\n")
         monkeypatch.syspath_prepend(tmp_path)
     missing = "amp_C" if without_kernels else "apex"
-    with pytest.raises(ValueError, match=rf"optimizer={name}: NVIDIA apex .*{missing}.*APEX_CUDA_EXT=1.*take optimizer=") as refused:
+    with pytest.raises(
+        ValueError, match=rf"optimizer={name}: NVIDIA apex .*{missing}.*APEX_CUDA_EXT=1.*take optimizer="
+    ) as refused:
         build_optimizer(settings(name), small_net, CPU)
     assert "\n" not in str(refused.value)
 

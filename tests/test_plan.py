@@ -17,7 +17,14 @@ def test_the_published_run_on_8_gpus() -> None:
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.integers(1, 8), st.integers(1, 32), st.integers(1, 6), st.integers(0, 5000), st.integers(1, 4), st.none() | st.integers(1, 99))
+@given(
+    st.integers(1, 8),
+    st.integers(1, 32),
+    st.integers(1, 6),
+    st.integers(0, 5000),
+    st.integers(1, 4),
+    st.none() | st.integers(1, 99),
+)
 def test_the_global_batch_is_the_contract(
     world: int, micro: int, passes: int, more_images: int, epochs: int, max_steps: int | None
 ) -> None:
@@ -35,7 +42,9 @@ def test_every_number_that_a_refusal_offers_fits(batch: int, world: int) -> None
         return
     with pytest.raises(ValueError, match=f"^batch_size={batch}: does not divide over {world} processes") as refused:
         make_plan(batch, None, world, 10_000, 1, None)
-    batches, counts = re.findall(r"batch_size=([\d, ]+) would, or this batch on ([\d, ]+) processes", str(refused.value))[0]
+    batches, counts = re.findall(
+        r"batch_size=([\d, ]+) would, or this batch on ([\d, ]+) processes", str(refused.value)
+    )[0]
     for offered in batches.split(", "):
         assert make_plan(int(offered), None, world, 10_000, 1, None).world_size == world
     for offered in counts.split(", "):

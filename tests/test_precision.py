@@ -9,7 +9,9 @@ CPU = torch.device("cpu")
 
 
 def test_fp16_needs_cuda() -> None:
-    with pytest.raises(ValueError, match=r"^precision=fp16: needs a CUDA device, this is cpu; take precision=fp32 or bf16$"):
+    with pytest.raises(
+        ValueError, match=r"^precision=fp16: needs a CUDA device, this is cpu; take precision=fp32 or bf16$"
+    ):
         Precision(PrecisionConfig("fp16"), CPU)
 
 
@@ -41,4 +43,7 @@ def test_fp16_scales_the_loss_on_cuda() -> None:
     loss = torch.ones((), device="cuda")
     assert precision.scaler.scale(loss).item() > 1
     with precision.autocast():
-        assert torch.nn.functional.linear(torch.ones(8, 8, device="cuda"), torch.ones(8, 8, device="cuda")).dtype == torch.float16
+        assert (
+            torch.nn.functional.linear(torch.ones(8, 8, device="cuda"), torch.ones(8, 8, device="cuda")).dtype
+            == torch.float16
+        )

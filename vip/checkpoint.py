@@ -79,7 +79,7 @@ def read(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: no such file") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); delete it") from error
-    if _checksum(header["tree"], tensors) != header["checksum"]:
+    if _checksum(header.get("tree", ""), tensors) != header.get("checksum"):
         raise CheckpointError(f"{path}: damaged (its checksum differs); delete it")
     return Checkpoint(path, _put_tensors(json.loads(header["tree"]), tensors))
 
@@ -95,8 +95,10 @@ def newest(folder: Path, warn: Callable[[str], object]) -> Checkpoint | None:
 
 
 def save(folder: Path, state: Mapping[str, Any], keep: int, is_best: bool) -> Path:
-    """Write the checkpoint of `state["step"]`, make it the best one if it is, and delete all but the newest `keep`."""
+    """Write the checkpoint of `state["step"]`, make it the best one if it is, and keep the `keep` newest up to it."""
     path = folder / STEP_FILE.format(state["step"])
+    for left in (*folder.glob(".*.tmp"), *folder.glob(".tmp*")):  # by a kill in mid-write: ours, and safetensors'
+        left.unlink()
     write(path, state)
     if is_best:
         link = folder / f".best.{os.getpid()}.tmp"
@@ -104,7 +106,8 @@ def save(folder: Path, state: Mapping[str, Any], keep: int, is_best: bool) -> Pa
         os.link(path, link)
         link.replace(folder / "best.safetensors")
         _flush(folder)
-    for old in sorted(folder.glob("step_*.safetensors"))[:-keep]:
+    # Files beyond this step were passed over as damaged: they must not push out the one just written.
+    for old in sorted(other for other in folder.glob("step_*.safetensors") if other <= path)[:-keep]:
         old.unlink()
     return path
 
@@ -153,6 +156,8 @@ def is_ours(path: Path) -> bool:
 def _take_tensors(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """The tree as JSON values, its tensors moved to `tensors` by name; dicts become lists of pairs (keys may be ints)."""
     if isinstance(node, Tensor):
+        while name in tensors or name == "__metadata__":  # "a/b" beside a -> b; safetensors keeps that one for itself
+            name += "'"
         tensors[name] = node
         return {"tensor": name}
     if isinstance(node, Mapping):

@@ -20,6 +20,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -81,7 +83,11 @@ class RunConfig:
     log_every: Annotated[int, Field(ge=1, description="steps between metrics; only then the host waits for the device")]
     ema_decay: Annotated[
         float | None,
-        Field(gt=0, lt=1, description="average the weights with this decay a step; null: no average (published)"),
+        Field(
+            gt=0,
+            lt=1,
+            description="average the weights with this decay a step, from the third step on; null: no average (published)",
+        ),
     ]
     compile: Annotated[bool, Field(description="torch.compile the network's blocks")]
     channels_last: Annotated[bool, Field(description="channels-last memory format (convolutional networks)")]
@@ -261,7 +267,24 @@ def _run_with_hydra(config_name: str, schema: type[Schema], task: Callable[[Sche
                 values["name"] = "-".join([str(values["name"]), *(re.sub(r"[^\w.,=+-]", "_", item) for item in swept)])
             task(parse(schema, values))
 
+    if any(a in ("-m", "--multirun") for a in sys.argv):
+        with one_line_errors():  # what Hydra itself says of a wrong key or value is many lines long
+            parse(schema, compose(config_name, _first_job(sys.argv[1:])))
     hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(job)()
+
+
+def _first_job(arguments: list[str]) -> list[str]:
+    """The overrides of a sweep's first job; which choices a glob stands for is left to Hydra."""
+    given = [a for a in arguments if "=" in a and not a.startswith("-")]
+    try:
+        parsed = OverridesParser.create().parse_overrides(given)
+    except HydraException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    return [
+        f"{o.get_key_element()}={next(o.sweep_string_iterator())}" if o.is_sweep_override() else str(o.input_line)
+        for o in parsed
+        if o.value_type is not ValueType.GLOB_CHOICE_SWEEP
+    ]
 
 
 def _one_line(config_name: str, overrides: list[str], error: Exception) -> str:
@@ -303,7 +326,7 @@ def _first_problem(schema: Any, error: ValidationError) -> str:
     if problem["type"] == "value_error":  # raised by a check of ours, which names its key
         return f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
     message = problem["msg"].removeprefix("Input ")
-    return f"{key}: {message}" if problem["type"] == "missing" else f"{key}={problem['input']}: {message}"
+    return f"{key}: {message}" if problem["type"] == "missing" else f"{key}={as_yaml(problem['input'])}: {message}"
 
 
 def _flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

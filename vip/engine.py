@@ -84,7 +84,7 @@ class Trainer:
         """Take weights, moments, averages, scaler and position from a checkpoint of the same run."""
         state = found.state
         self.parts.model.load_state_dict(state["model"])
-        self.parts.optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer(state["optimizer"])
         if state["scaler"] and self.parts.precision.scaler.is_enabled():
             self.parts.precision.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:  # an average that was not kept before starts from the weights
@@ -163,6 +163,12 @@ class Trainer:
             for name, buffer in self.parts.model.named_buffers():
                 buffer.copy_(buffers[name])
 
+    def _load_optimizer(self, saved: dict[str, Any]) -> None:
+        """Moments and counters from the checkpoint, every setting from the configuration (LAMB counts steps in its groups)."""
+        own_groups = self.parts.optimizer.state_dict()["param_groups"]
+        groups = [{**then, **now} for then, now in zip(saved["param_groups"], own_groups, strict=True)]
+        self.parts.optimizer.load_state_dict({**saved, "param_groups": groups})
+
     def state(self) -> dict[str, Any]:
         """Everything needed to go on, and to know what it belongs to."""
         return {
@@ -199,15 +205,17 @@ class Trainer:
         totals = sums.reduce()  # waits for the device, so the clock is read after it
         seconds = time.perf_counter() - started
         step = self.progress.step
-        self._log({
+        record = {
             "train/loss": totals["loss"] / totals["passes"],
             "train/lr": self.lr_at(step - 1),
             "train/grad_norm": totals["grad_norm"] / max(totals["finite_steps"], 1.0),
-            "train/skipped_steps": steps - totals["finite_steps"] / self.world.size,
             "train/drop_path": self.drop_rate,
             "train/images_per_s": steps * self.plan.batch_size / seconds,
             "train/data_wait": totals["data_wait"] / self.world.size / seconds,
-        })  # fmt: skip
+        }
+        if self.parts.precision.scaler.is_enabled():
+            record["train/skipped_steps"] = steps - totals["finite_steps"] / self.world.size
+        self._log(record)
 
     def _validate(self) -> bool:
         """Validate the weights and, where there are, their averages (which then decide); True where top-1 is a new best."""

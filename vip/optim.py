@@ -54,7 +54,9 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.dev
         )
     info = get_optimizer_info(name)
     if info.second_order:
-        raise ValueError(f"optimizer.name={config.name}: needs second derivatives, which a step does not have; take adamw")
+        raise ValueError(
+            f"optimizer.name={config.name}: needs second derivatives, which a step does not have; take adamw"
+        )
     options: dict[str, Any] = {}
     for key, takes in (("betas", info.has_betas), ("eps", info.has_eps)):
         value = getattr(config, key)
@@ -68,8 +70,9 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.dev
         return create_optimizer_v2(
             model, opt=name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **options
         )
-    except (AssertionError, ImportError, TypeError) as error:  # how timm says that a library or a GPU is missing
-        raise ValueError(f"optimizer.name={config.name}: {error}; take adamw or another of timm's own") from error
+    # Assertions and missing imports: no GPU or library for it; the others: betas of 2, Nesterov without momentum ...
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        raise ValueError(f"optimizer.name={config.name}: {error}; change its keys, or take optimizer=adamw") from error
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

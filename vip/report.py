@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +15,10 @@ from vip.evaluate import Evaluation
 def report_evaluation(result: Evaluation, images: Source, facts: dict[str, str], out: Path) -> None:
     """Print the table and write `eval.json` (`facts` and figures) and `predictions.csv` into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    figures = {"images": result.num_images, **result.metrics()}
+    metrics = {
+        key: value if math.isfinite(value) else None for key, value in result.metrics().items()
+    }  # JSON has no NaN
+    figures = {"images": result.num_images, **metrics}
     (out / "eval.json").write_text(json.dumps(facts | figures, indent=2) + "\n")
     _write_predictions(result, images, out / "predictions.csv")
     title = f"{facts['model']} on {facts['data']}, {facts['checkpoint']} ({facts['weights']})"
@@ -22,7 +26,7 @@ def report_evaluation(result: Evaluation, images: Source, facts: dict[str, str],
     for name in ("images", "top-1", "top-5", "loss"):
         table.add_column(name, justify="right")
     table.add_row(f"{result.num_images:,}", f"{result.top1:.3f} %", f"{result.top5:.3f} %", f"{result.loss:.6f}")
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(table)
     console.print(f"written: {out / 'eval.json'}, {out / 'predictions.csv'}")
 

@@ -24,7 +24,7 @@ from vip.tracking.console import ConsoleTracker
 from vip.tracking.jsonl import JsonlTracker
 
 # A checkpoint that differs in one of these is of another run; in one of the others, the bits will differ.
-IDENTITY = ("model", "num_classes", "parameters", "batch_size", "seed")
+IDENTITY = ("model", "num_classes", "parameters", "optimizer", "batch_size", "seed")
 CIRCUMSTANCES = ("world_size", "precision", "compile")
 
 
@@ -41,7 +41,7 @@ def find_start(run: RunConfig, fingerprint: dict[str, Any], console: Console) ->
         )
     found = own
     if own is None and run.resume not in ("auto", "never"):
-        found = checkpoint.read(checkpoint.find(Path(run.resume)))
+        found = _other_run(Path(run.resume), console)
     if found is None:
         return None
     saved = found.state["fingerprint"]
@@ -54,6 +54,23 @@ def find_start(run: RunConfig, fingerprint: dict[str, Any], console: Console) ->
     for key in CIRCUMSTANCES:
         if saved[key] != fingerprint[key]:
             console.print(f"note: {key} was {saved[key]}, now {fingerprint[key]}: goes on, but not with the same bits")
+    return found
+
+
+def _other_run(path: Path, console: Console) -> checkpoint.Checkpoint:
+    """A checkpoint to branch off from: its weights, moments and position, but neither its best result nor its trackers."""
+    if path.is_dir():
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        found = checkpoint.newest(folder, console.print)
+        if found is None:
+            raise ConfigError(f"resume={path}: no checkpoint in this folder")
+    elif path.exists() and not checkpoint.is_ours(path):
+        raise ConfigError(
+            f"resume={path}: not a checkpoint of this program; eval.py reads published weights, a run cannot go on from them"
+        )
+    else:
+        found = checkpoint.read(path)
+    found.state["progress"] = {"step": found.step}
     return found
 
 

@@ -18,7 +18,9 @@ class ScheduleConfig:
     warmup_epochs: Annotated[float, Field(ge=0, description="epochs of linear warm-up from warmup_lr")]
     warmup_lr: Annotated[float, Field(ge=0, description="learning rate of the first step")]
     min_lr: Annotated[float, Field(ge=0, description="learning rate at the end of the cosine and in the cooldown")]
-    cooldown_epochs: Annotated[int, Field(ge=0, description="epochs at min_lr, added after `epochs`")]
+    cooldown_epochs: Annotated[
+        int, Field(ge=0, description="epochs added after `epochs`, at the lowest rate (constant: at the same)")
+    ]
 
 
 def lr_at(config: ScheduleConfig, peak: float, step: int, steps_per_epoch: int, epochs: int) -> float:

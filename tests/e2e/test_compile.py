@@ -1,5 +1,6 @@
 """torch.compile through the real command: it learns what eager learns, and resumes to the same bits."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,17 +15,21 @@ pytestmark = pytest.mark.e2e
 @pytest.mark.timeout(600)
 def test_compiled_runs_follow_eager_ones_and_resume_exactly(run: Run, tmp_path: Path, digits: Path) -> None:
     arguments = ("experiment=digits", f"data.root={digits}", "max_steps=4", "save_every=2", "data.workers=0",
-                 "model.drop_path.rate=0.1", "model.drop_path.over_training=ramp", "ema_decay=0.9")  # fmt: skip
+                 "model.drop_path.rate=0.1", "model.drop_path.over_training=ramp", "ema_decay=0.9", "log_every=1")  # fmt: skip
     run("train.py", *arguments, "name=eager")
     run("train.py", *arguments, "name=whole", "compile=true")
     run("train.py", *arguments, "name=cut", "compile=true")
     (tmp_path / "runs/cut/checkpoints/step_0000000004.safetensors").unlink()  # as if killed after the save at step 2
     run("train.py", *arguments, "name=cut", "compile=true")
-    eager, whole, cut = (
-        load_file(tmp_path / f"runs/{name}/checkpoints/step_0000000004.safetensors")
-        for name in ("eager", "whole", "cut")
+    whole, cut = (
+        load_file(tmp_path / f"runs/{name}/checkpoints/step_0000000004.safetensors") for name in ("whole", "cut")
     )
     assert [name for name in whole if not torch.equal(whole[name], cut[name])] == []
-    for name in eager:
-        if name.startswith("model/"):
-            torch.testing.assert_close(whole[name], eager[name], rtol=1e-3, atol=1e-4)
+    eager, compiled = (losses(tmp_path / f"runs/{name}") for name in ("eager", "whole"))
+    assert compiled == pytest.approx(eager, rel=1e-2)  # a compiled network draws other drop masks
+    assert compiled != eager, "bits as in eager: was anything compiled?"
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["train/loss"] for line in lines if "train/loss" in line]

@@ -50,12 +50,36 @@ def test_a_finished_run_is_not_trained_again(run: Run, tmp_path: Path, digits: P
 
 
 def test_resume_from_the_checkpoint_of_another_folder(run: Run, tmp_path: Path, digits: Path, trained: Path) -> None:
-    arguments = ("experiment=digits", f"data.root={digits}", "epochs=2", "schedule.warmup_epochs=1", "ema_decay=0.9",
-                 "data.workers=0", "max_steps=45", f"resume={trained / 'checkpoints' / 'step_0000000022.safetensors'}")  # fmt: skip
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "step_0000000022.safetensors").write_bytes(
+        (trained / "checkpoints/step_0000000022.safetensors").read_bytes()
+    )
+    arguments = ("experiment=digits", f"data.root={digits}", "epochs=3", "schedule.warmup_epochs=1", "ema_decay=0.9",
+                 "data.workers=0", "max_steps=45", f"resume={half}")  # fmt: skip
     said = run("train.py", *arguments, "name=branch").stdout
     assert "goes on from step 22" in said
     assert "world_size was 2, now 1" in said
-    assert checkpoint.read(tmp_path / "runs/branch/checkpoints/step_0000000044.safetensors").step == 44
+    branch = checkpoint.read(tmp_path / "runs/branch/checkpoints/step_0000000044.safetensors")
+    lines = [json.loads(line) for line in (tmp_path / "runs/branch/metrics.jsonl").read_text().splitlines()]
+    own_best = max(line["val_ema/top1"] for line in lines if "val_ema/top1" in line and line["step"] <= 44)
+    assert branch.state["progress"]["best_top1"] == own_best, "a branch starts its own record"
+    assert "goes on from step 45" in run("train.py", *arguments, "name=branch", "max_steps=46").stdout
+
+
+def test_settings_come_from_the_configuration_and_moments_from_the_checkpoint(
+    run: Run, tmp_path: Path, digits: Path
+) -> None:
+    arguments = ("experiment=digits", f"data.root={digits}", "data.workers=0", "optimizer=lamb")
+    run("train.py", *arguments, "max_steps=1")
+    run("train.py", *arguments, "max_steps=2", "optimizer.weight_decay=0.125")
+    groups = checkpoint.read(tmp_path / "runs/digits/checkpoints/step_0000000002.safetensors").state["optimizer"][
+        "param_groups"
+    ]
+    assert sorted(group["weight_decay"] for group in groups) == [0, 0.125]
+    assert {float(group["step"]) for group in groups} == {2.0}
+    refused = run("train.py", *arguments, "max_steps=3", "optimizer=sgd", status=2)
+    assert "optimizer lamb, here sgd" in refused.stderr
 
 
 def test_a_sweep_gives_each_job_its_own_run_folder(run: Run, tmp_path: Path, digits: Path) -> None:

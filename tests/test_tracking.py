@@ -1,0 +1,171 @@
+"""Trackers: the run's own metrics file, the console on a terminal and in a log, and Weights & Biases without a network."""
+
+import io
+import json
+import logging
+import re
+import struct
+import time
+from pathlib import Path
+
+import pytest
+import wandb
+from rich.console import Console
+from wandb.proto.wandb_internal_pb2 import Record as WandbRecord  # type: ignore[attr-defined]
+
+from vip.plan import Plan, make_plan
+from vip.tracking import Fanout
+from vip.tracking.console import ConsoleTracker
+from vip.tracking.jsonl import JsonlTracker, read_lines
+from vip.tracking.wandb_run import WandbTracker
+
+TRAINING = {"epoch": 0.5, "train/loss": 1.25, "train/lr": 1e-3, "train/images_per_s": 640.0, "train/data_wait": 0.03}
+VALIDATION = {"epoch": 1.0, "val/top1": 81.48, "val/top5": 95.76, "val/loss": 0.75, "val/best_top1": 82.0}
+
+
+def test_lines_come_back_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path, 0)
+    tracker.log(1, {"train/loss": 0.1, "train/grad_norm": float("nan")})
+    assert len(path.read_text().splitlines()) == 1, "a line is on its way at once, not at the end"
+    tracker.log(2, {"train/loss": float("-inf")})
+    tracker.close("done")
+    assert read_lines(path) == [
+        {"step": 1, "train/loss": 0.1, "train/grad_norm": None},
+        {"step": 2, "train/loss": None},
+    ]
+    assert "NaN" not in path.read_text()
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 7, "train/lo', "\n", "\0\0\0"])
+def test_going_on_drops_what_lies_beyond_the_checkpoint(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "a": 1.0}) + "\n" for step in (2, 4, 4, 6)) + torn)
+    tracker = JsonlTracker(path, 4)
+    assert [line["step"] for line in read_lines(path)] == [2, 4, 4]
+    tracker.log(5, {"a": 2.0})
+    tracker.close("interrupted")
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4, 4, 5]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return make_plan(10, None, 1, 45, 3, None)  # 4 steps an epoch, 12 in all
+
+
+def test_plain_lines_in_a_log_file(plan: Plan) -> None:
+    console = Console(record=True, force_terminal=False, width=300, file=io.StringIO())
+    tracker = ConsoleTracker(plan, 0, console)
+    tracker.log(2, TRAINING)
+    tracker.log(4, VALIDATION | {"val_ema/top1": 80.0, "val_ema/top5": 94.0, "val_ema/loss": 0.8})
+    tracker.close("done")
+    lines = console.export_text().splitlines()
+    assert len(lines) == 2
+    assert re.match(
+        r"step 2/12 +epoch 0.50 +loss 1.25\d* +lr 1.0\d*e-03 +640 images/s +data wait 3% +left \d+:\d\d:\d\d$", lines[0]
+    )
+    assert lines[1].startswith("epoch 1/3  validation  top-1 81.48 %  top-5 95.76 %  loss 0.7500  ema top-1 80.00 %")
+    assert lines[1].endswith("best 82.00 %")
+    assert "\x1b" not in "".join(lines)
+
+
+def test_a_bar_for_each_epoch_on_a_terminal(plan: Plan) -> None:
+    console = Console(record=True, force_terminal=True, width=160, file=io.StringIO())
+    tracker = ConsoleTracker(plan, 0, console)
+    for step in (2, 4):
+        tracker.log(step, TRAINING)
+    tracker.log(4, VALIDATION)
+    tracker.log(6, TRAINING)
+    tracker.close("done")
+    lines = [line.strip() for line in console.export_text().splitlines() if line.strip()]
+    validation = next(i for i, line in enumerate(lines) if line.startswith("epoch 1/3  validation"))
+    assert any(line.startswith("epoch 1/3 ") and "4/4" in line and "loss 1.25" in line for line in lines[:validation])
+    assert any(line.startswith("epoch 2/3 ") and "2/4" in line for line in lines[validation + 1 :])
+
+
+def test_the_time_left_counts_from_where_the_run_went_on(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 110.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    console = Console(record=True, force_terminal=False, width=300, file=io.StringIO())
+    ConsoleTracker(plan, 6, console).log(8, TRAINING)
+    assert "left 0:00:20" in console.export_text(), "2 steps took 10 s, 4 are left"
+
+
+def test_a_fanout_tells_everyone(tmp_path: Path) -> None:
+    trackers = [JsonlTracker(tmp_path / f"{name}.jsonl", 0) for name in "ab"]
+    fanout = Fanout(trackers)
+    fanout.log(1, {"x": 2.0})
+    fanout.close("done")
+    assert read_lines(tmp_path / "a.jsonl") == read_lines(tmp_path / "b.jsonl") == [{"step": 1, "x": 2.0}]
+    assert all(tracker.file.closed for tracker in trackers)
+
+
+def wandb_records(path: Path) -> list[WandbRecord]:
+    """The records of a .wandb file, which is a LevelDB log: 32 KiB blocks of chunks with crc, length and type."""
+    data, records, position, started = path.read_bytes(), [], 7, b""
+    assert data.startswith(b":W&B")
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # too little left of the block for a header
+            position += 32768 - position % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        started += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last chunk of one
+            records.append(WandbRecord.FromString(started))
+            started = b""
+    return records
+
+
+@pytest.fixture
+def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key in the environment, in the home folder or in wandb's settings."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "home"))
+
+
+def history_of(folder: Path) -> list[dict[str, float]]:
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in wandb_records(path)
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
+def test_an_offline_run_of_wandb_is_really_written(tmp_path: Path, no_account: None) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    tracker = WandbTracker("offline", "vip", "x", folder, {"seed": 3, "model": {"name": "vip_s7"}}, None)
+    tracker.log(2, TRAINING)
+    tracker.log(4, VALIDATION)
+    tracker.close("done")
+    history = history_of(folder)
+    assert [row["_step"] for row in history] == [2, 4]
+    for row, expected in zip(history, (TRAINING, VALIDATION), strict=True):
+        assert {key: row[key] for key in expected} == expected
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    run = next(record.run for record in wandb_records(path) if record.WhichOneof("record_type") == "run")
+    assert (run.project, run.display_name, run.run_id) == ("vip", "x", tracker.run_id)
+    assert json.loads({item.key: item.value_json for item in run.config.update}["seed"]) == 3
+
+
+def test_online_without_a_key_warns_and_records_offline_at_once(
+    tmp_path: Path, no_account: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    started = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        tracker = WandbTracker("online", "vip", "x", folder, {}, "abcd1234")
+    assert time.monotonic() - started < 20
+    assert "wandb: no API key (set WANDB_API_KEY or run `wandb login`); recording offline" in caplog.text
+    assert tracker.run_id == "abcd1234", "the run of the checkpoint goes on"
+    tracker.log(1, TRAINING)
+    tracker.close("interrupted")
+    assert history_of(folder)[0]["train/loss"] == 1.25
+    assert wandb.run is None
