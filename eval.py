@@ -28,16 +28,16 @@ from vip.report import report_evaluation
 def evaluate_checkpoint(run: EvalConfig) -> None:
     path = checkpoint.find(Path(run.checkpoint))
     model_config, data_config, weights, origin = _open(run, path)
+    images = open_source(data_config, "val")
+    model = build_model(model_config, len(images.class_names))
+    try:
+        load_weights(model, weights)
+    except ValueError as error:
+        raise ConfigError(
+            f"checkpoint={path} does not fit {model_config.name} on {data_config.kind}: {error}"
+        ) from error
     with connect() as world:
         precision = Precision(run.precision, world.device)
-        images = open_source(data_config, "val")
-        model = build_model(model_config, len(images.class_names))
-        try:
-            load_weights(model, weights)
-        except ValueError as error:
-            raise ConfigError(
-                f"checkpoint={path} does not fit {model_config.name} on {data_config.kind}: {error}"
-            ) from error
         model.to(world.device)
         spec = input_spec(model_config, model)
         batches = eval_loader(

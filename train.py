@@ -27,9 +27,9 @@ from vip.precision import Precision
 
 
 def train(run: RunConfig) -> None:
+    train_set, val_set = open_sources(run.data)
     with connect() as world:
         console = Console(quiet=not world.is_main, soft_wrap=True, highlight=False, markup=False)
-        train_set, val_set = open_sources(run.data)
         plan = make_plan(run.batch_size, run.micro_batch, world.size, len(train_set), run.total_epochs, run.max_steps)
         trainer = Trainer(run, plan, world, build(run, plan, world, train_set, val_set))
         found = run_folder.find_start(run, trainer.parts.fingerprint, console)

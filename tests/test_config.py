@@ -229,6 +229,14 @@ def test_help_mentions_every_key_and_every_choice(run: Run, script: str, schema:
             assert re.search(rf"^ *({group} +)?{name}  ", said, re.MULTILINE), choice
 
 
+@pytest.mark.parametrize(("name", "schema"), [("train", RunConfig), ("eval", EvalConfig)])
+def test_every_key_of_the_schema_stands_in_the_yaml(name: str, schema: Any) -> None:
+    """Else the command line could not set it."""
+    given = {key for key, _ in config.defaults(name)}
+    optional = ("model.", "data.num_") if name == "eval" else ()  # the checkpoint's own, unless a group is chosen
+    assert [key for key, *_ in config.walk(schema) if key not in given and not key.startswith(optional)] == []
+
+
 def test_the_configuration_is_frozen_and_writes_itself_back() -> None:
     run = compose("experiment=digits", "model.img_size=[32,48]", "name=123")
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -11,6 +11,7 @@ same folder, flushed to the disk and renamed. The newest is found by looking, no
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,10 @@ def save(folder: Path, state: Mapping[str, Any], keep: int, is_best: bool) -> Pa
     if is_best:
         link = folder / f".best.{os.getpid()}.tmp"
         link.unlink(missing_ok=True)
-        os.link(path, link)
+        try:
+            os.link(path, link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, link)
         link.replace(folder / "best.safetensors")
         _flush(folder)
     # Files beyond this step were passed over as damaged: they must not push out the one just written.

@@ -215,13 +215,16 @@ def run(config_name: str, schema: type[Schema], task: Callable[[Schema], None]) 
 
 
 class one_line_errors:  # noqa: N801 - a context manager, used like a function
-    """ValueError (what a user can cause) becomes one line and exit status 2; HYDRA_FULL_ERROR=1 shows the traceback too."""
+    """What a user can cause (ValueError, OSError) becomes one line and exit status 2.
+
+    Anything else is a bug and keeps its traceback; HYDRA_FULL_ERROR=1 shows one for the user's errors as well.
+    """
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, ValueError):
+        if not isinstance(error, ValueError | OSError):
             return
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not isinstance(error, ConfigError):

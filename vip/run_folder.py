@@ -108,6 +108,11 @@ def tracked(run: RunConfig, plan: Plan, trainer: Trainer, console: Console) -> I
         status = "interrupted"
         console.print(f"interrupted at step {progress.step}; the same command goes on from step {trainer.saved_step}")
         raise SystemExit(130) from None
+    except torch.OutOfMemoryError as error:
+        remedy = f"micro_batch={plan.micro_batch // 2} keeps the global batch by accumulation"
+        raise ConfigError(
+            f"micro_batch={plan.micro_batch}: too much for the GPU's memory ({error}); {remedy}"
+        ) from error
     finally:
         trainer.trackers.close(status)
 

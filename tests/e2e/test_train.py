@@ -104,6 +104,13 @@ def test_timm_networks_train_through_the_same_trainer(
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3]
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(run: Run, tmp_path: Path, digits: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    refused = run("train.py", "experiment=digits", f"data.root={digits}", "data.workers=0", "runs_dir=file", status=2)
+    assert "file/digits" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
 def test_missing_data_is_one_line_before_anything_starts(run: Run, tmp_path: Path) -> None:
     for arguments in ((), ("data.root=nowhere",)):
         refused = run("train.py", "model=vip_m7", *arguments, status=2)
