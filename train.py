@@ -24,26 +24,34 @@ from vip.models.build import build_model, compile_model, input_spec
 from vip.optim import build_optimizer
 from vip.plan import Plan, make_plan
 from vip.precision import Precision
+from vip.preemption import StopRequest
 
 
 def train(run: RunConfig) -> None:
+    with StopRequest() as stop:
+        finished = fit(run, stop)
+    if stop() and not finished:
+        raise SystemExit(stop.exit_status)
+
+
+def fit(run: RunConfig, stop: StopRequest) -> bool:
+    """Train from where the run stands; True where it reached its end."""
     train_set, val_set = open_sources(run.data)
     with connect() as world:
         console = Console(quiet=not world.is_main, soft_wrap=True, highlight=False, markup=False)
         plan = make_plan(run.batch_size, run.micro_batch, world.size, len(train_set), run.total_epochs, run.max_steps)
-        trainer = Trainer(run, plan, world, build(run, plan, world, train_set, val_set))
+        trainer = Trainer(run, plan, world, build(run, plan, world, train_set, val_set), stop)
         found = run_folder.find_start(run, trainer.parts.fingerprint, console)
         if found is not None:
             trainer.resume(found)
-        if trainer.progress.step >= plan.total_steps:
-            console.print(
-                f"{run.folder} is complete: step {trainer.progress.step} of {plan.total_steps}, nothing left to train"
-            )
-            return
+        if trainer.finished:
+            console.print(f"{run.folder} is complete: step {trainer.progress.step}, nothing left to train")
+            return True
         run_folder.announce(run, plan, trainer, (len(train_set), len(val_set)), console)
         with run_folder.tracked(run, plan, trainer, console):
-            progress = trainer.fit()
-        console.print(run_folder.closing_words(run, progress))
+            trainer.fit()
+        console.print(run_folder.closing_words(run, trainer, stop.name))
+        return trainer.finished
 
 
 def build(run: RunConfig, plan: Plan, world: World, train_set: Source, val_set: Source) -> Parts:

@@ -23,6 +23,7 @@ from data.sources import Source
 
 EVAL_SLICE = 32
 WORKER_TIMEOUT_S = 120.0
+TERM_GRACE_S = 30  # torchrun's own patience
 
 
 class Request(NamedTuple):
@@ -216,8 +217,9 @@ def _unchanged(batch: Batch) -> Batch:
 def _set_worker_signals(worker: int) -> None:
     """Signals are the training process's business: Ctrl-C and a scheduler's warning reach the whole process group.
 
-    SIGTERM goes back to its default, because it is how the parent ends workers, whatever handler they inherited.
+    SIGTERM may be such a warning too, under which the trainer still needs batches to reach a step's end; but it is also how
+    the parent ends workers that hang. So a worker heeds it late: the alarm's default is to end the process.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(TERM_GRACE_S))

@@ -1,11 +1,14 @@
 """Shared by all tests: the real command lines, and the digits tree that they run on."""
 
+import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; the documented launch commands set it too
 
 ROOT = Path(__file__).resolve().parents[1]
+HANGS = 130  # seconds after which a launch of two or three processes hangs
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -27,7 +31,7 @@ def command(script: str, *arguments: str, processes: int = 0) -> list[str]:
 
 def environment() -> dict[str, str]:
     hidden = {"IMAGENET_DIR", "WANDB_API_KEY", "RANK", "WORLD_SIZE", "LOCAL_RANK"}
-    return {k: v for k, v in os.environ.items() if k not in hidden} | {"COLUMNS": "200"}
+    return {k: v for k, v in os.environ.items() if k not in hidden} | {"COLUMNS": "200", "PYTHONFAULTHANDLER": "1"}
 
 
 @pytest.fixture
@@ -40,16 +44,35 @@ def run(tmp_path: Path) -> Run:
 
     def run(script: str, *arguments: str, processes: int = 0, status: int = 0) -> subprocess.CompletedProcess[str]:
         if processes:
-            done = subprocess.run(
-                command(script, *arguments, processes=processes),
-                cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=280,
-            )  # fmt: skip
+            done = run_launch(command(script, *arguments, processes=processes), tmp_path)
         else:
             done = _run_forked(script, arguments, tmp_path)
         assert done.returncode == status, done.stdout + done.stderr
         return done
 
     return run
+
+
+def run_launch(launch: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; one that hangs is tried once more, and a warning shows the stacks of all its processes."""
+    for attempt in (1, 2):
+        with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+            launched = subprocess.Popen(launch, cwd=cwd, env=environment(), stdout=stdout, stderr=stderr, text=True)
+            try:
+                launched.wait(HANGS)
+            except subprocess.TimeoutExpired:
+                for process in Path("/proc").glob("[0-9]*"):
+                    with contextlib.suppress(OSError):
+                        if (process / "cwd").readlink() == cwd:
+                            os.kill(int(process.name), signal.SIGABRT)  # faulthandler shows where it stands
+                launched.wait(20)
+            stdout.seek(0)
+            stderr.seek(0)
+            done = subprocess.CompletedProcess(launch, launched.returncode, stdout.read(), stderr.read())
+        if done.returncode != -signal.SIGABRT:
+            break
+        warnings.warn(f"attempt {attempt} of {' '.join(launch)} hung:\n{done.stdout}\n{done.stderr}", stacklevel=2)
+    return done
 
 
 def _run_forked(script: str, arguments: tuple[str, ...], cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -100,14 +123,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
         "ema_decay=0.9",
         "name=short",
     )
-    done = subprocess.run(
-        command("train.py", *arguments, processes=2),
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    done = run_launch(command("train.py", *arguments, processes=2), cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     (cwd / "stdout.txt").write_text(done.stdout)
     return cwd / "runs" / "short"

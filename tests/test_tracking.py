@@ -128,13 +128,19 @@ def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "home"))
 
 
-def history_of(folder: Path) -> list[dict[str, float]]:
+def history_of(folder: Path, num_rows: int) -> list[dict[str, float]]:
+    """The logged rows, once they are there: wandb's service may write the last of them after `finish` returned."""
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    return [
-        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for record in wandb_records(path)
-        if record.WhichOneof("record_type") == "history"
-    ]
+    deadline = time.monotonic() + 30
+    while True:
+        rows = [
+            {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            for record in wandb_records(path)
+            if record.WhichOneof("record_type") == "history"
+        ]
+        if len(rows) >= num_rows or time.monotonic() > deadline:
+            return rows
+        time.sleep(0.2)
 
 
 def test_an_offline_run_of_wandb_is_really_written(tmp_path: Path, no_account: None) -> None:
@@ -144,7 +150,7 @@ def test_an_offline_run_of_wandb_is_really_written(tmp_path: Path, no_account: N
     tracker.log(2, TRAINING)
     tracker.log(4, VALIDATION)
     tracker.close("done")
-    history = history_of(folder)
+    history = history_of(folder, 2)
     assert [row["_step"] for row in history] == [2, 4]
     for row, expected in zip(history, (TRAINING, VALIDATION), strict=True):
         assert {key: row[key] for key in expected} == expected
@@ -167,5 +173,5 @@ def test_online_without_a_key_warns_and_records_offline_at_once(
     assert tracker.run_id == "abcd1234", "the run of the checkpoint goes on"
     tracker.log(1, TRAINING)
     tracker.close("interrupted")
-    assert history_of(folder)[0]["train/loss"] == 1.25
+    assert history_of(folder, 1)[0]["train/loss"] == 1.25
     assert wandb.run is None

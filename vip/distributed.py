@@ -22,13 +22,27 @@ TIMEOUT = timedelta(seconds=300)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+class Vote:
+    """Whether any rank wished for something: asked without waiting, answered by `result()`, the same on every rank."""
+
+    def __init__(self, wish: bool, group: dist.ProcessGroup | None) -> None:
+        self.votes = torch.tensor(int(wish))
+        self.work = dist.all_reduce(self.votes, group=group, async_op=True) if group is not None else None
+
+    def result(self) -> bool:
+        if self.work is not None:
+            self.work.wait()
+        return bool(self.votes)
+
+
 @dataclass(frozen=True)
 class World:
-    """Where this process stands: `rank` of `size` processes, on `device`."""
+    """Where this process stands: `rank` of `size` processes, on `device`; `control` joins their hosts, past the GPUs."""
 
     rank: int
     size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -45,6 +59,10 @@ class World:
             broadcast_buffers=has_state_buffers,
             gradient_as_bucket_view=True,
         )
+
+    def ask(self, wish: bool) -> Vote:
+        """Start a vote, between the hosts: no GPU waits for it. Every rank asks equally often."""
+        return Vote(wish, self.control)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
@@ -91,9 +109,10 @@ def connect() -> Iterator[World]:
         return
     _die_with_launcher()
     on_gpu = place.type == "cuda"
-    with contextlib.nullcontext() if on_gpu else _without_stdout():
+    with _without_stdout():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=place if on_gpu else None)
-    yield World(rank, size, place)
+        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    yield World(rank, size, place, control)
     dist.destroy_process_group()  # after an error this could wait for ranks that never come; torchrun ends them all
 
 

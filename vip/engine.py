@@ -59,19 +59,23 @@ class Progress:
     """Where the run stands; all of it is in the checkpoint."""
 
     step: int = 0
+    validated_step: int = 0
     best_top1: float = -1.0
     last: dict[str, float] = field(default_factory=dict)
     tracking: dict[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
-    """Trains `parts.model` as `config` and `plan` say. `resume()`, then `fit()`."""
+    """Trains `parts.model` as `config` and `plan` say: `resume()`, then `fit()`. `stop` is asked once a step on every rank."""
 
-    def __init__(self, config: RunConfig, plan: Plan, world: World, parts: Parts) -> None:
+    def __init__(
+        self, config: RunConfig, plan: Plan, world: World, parts: Parts, stop: Callable[[], bool] = lambda: False
+    ) -> None:
         self.config = config
         self.plan = plan
         self.world = world
         self.parts = parts
+        self.stop = stop
         self.progress = Progress()
         self.trackers = Fanout()
         self.ema = ModelEmaV3(parts.model, decay=config.ema_decay) if config.ema_decay else None
@@ -93,26 +97,40 @@ class Trainer:
         self.saved_step = self.progress.step
 
     def fit(self) -> Progress:
-        """Train to the end of the plan, validating and saving on the way; returns where the run ended."""
+        """Train to the end of the plan, or to the step after which any rank asks to stop; validate and save on the way."""
         config, plan, progress = self.config, self.plan, self.progress
         sums = DeviceSums(("loss", "passes", "grad_norm", "finite_steps", "data_wait"), self.world)
         self._settle_buckets()
+        if self._validation_due():  # the run was stopped before it could
+            self._save(self._validate())
         batches = self.parts.batches(progress.step)
         logged, started = progress.step, time.perf_counter()
         while progress.step < plan.total_steps:
+            vote = self.world.ask(self.stop())
             self.train_step(batches, progress.step, sums)
             progress.step += 1
-            at_end = progress.step == plan.total_steps
-            if at_end or progress.step % config.log_every == 0:
+            stopping = vote.result()
+            if stopping or progress.step == plan.total_steps or progress.step % config.log_every == 0:
                 self._log_training(sums, progress.step - logged, started)
                 logged, started = progress.step, time.perf_counter()
             paused = time.perf_counter()
-            validates = at_end or progress.step % (config.eval_every * plan.steps_per_epoch) == 0
-            improved = self._validate() if validates else False
-            if validates or (config.save_every and progress.step % config.save_every == 0):
-                self._save(improved)
+            due = self._validation_due()
+            if stopping or (not due and config.save_every and progress.step % config.save_every == 0):
+                self._save(improved=False)
+            if stopping:
+                break
+            if due:
+                self._save(self._validate())
             started += time.perf_counter() - paused
         return progress
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step >= self.plan.total_steps and not self._validation_due()
+
+    def _validation_due(self) -> bool:
+        step, period = self.progress.step, self.config.eval_every * self.plan.steps_per_epoch
+        return self.progress.validated_step < step and (step >= self.plan.total_steps or step % period == 0)
 
     def train_step(self, batches: Iterator[Batch], step: int, sums: DeviceSums) -> None:
         """One optimizer step on the next `accumulation` micro-batches; adds loss, gradient norm and waits to `sums`."""
@@ -229,6 +247,7 @@ class Trainer:
         self.progress.best_top1 = max(top1, self.progress.best_top1)
         record["val/best_top1"] = self.progress.best_top1
         self.progress.last = record
+        self.progress.validated_step = self.progress.step
         self._log(record)
         return improved
 

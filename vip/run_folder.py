@@ -99,11 +99,12 @@ def tracked(run: RunConfig, plan: Plan, trainer: Trainer, console: Console) -> I
     progress, status = trainer.progress, "failed"
     if trainer.world.is_main:
         run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "PREEMPTED").unlink(missing_ok=True)
         (run.folder / "config.yaml").write_text(config.to_yaml(run))
         trainer.trackers = Fanout(_trackers(run, plan, progress, console))
     try:
         yield
-        status = "done"
+        status = "done" if trainer.finished else "interrupted"
     except KeyboardInterrupt:
         status = "interrupted"
         console.print(f"interrupted at step {progress.step}; the same command goes on from step {trainer.saved_step}")
@@ -117,7 +118,13 @@ def tracked(run: RunConfig, plan: Plan, trainer: Trainer, console: Console) -> I
         trainer.trackers.close(status)
 
 
-def closing_words(run: RunConfig, progress: Progress) -> str:
+def closing_words(run: RunConfig, trainer: Trainer, signal_name: str | None) -> str:
+    """The last lines on the console; a run that was stopped leaves the file PREEMPTED with its step, for scripts to see."""
+    progress = trainer.progress
+    if not trainer.finished:
+        if trainer.world.is_main:
+            (run.folder / "PREEMPTED").write_text(f"{progress.step}\n")
+        return f"stopped by {signal_name or 'a signal to another rank'}, saved at step {progress.step}; the same command goes on"
     top1 = progress.last.get("val_ema/top1", progress.last["val/top1"])  # averaged weights decide where there are any
     return (
         f"done: top-1 {top1:.2f} %, best {progress.best_top1:.2f} %, after {progress.step} steps in {run.folder}\n"

@@ -215,6 +215,23 @@ def test_interrupting_the_process_group_leaves_no_worker_tracebacks() -> None:
     assert errors.endswith("KeyboardInterrupt\n"), errors
 
 
+def test_a_scheduler_s_sigterm_to_the_process_group_does_not_take_the_batches_away() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAINING],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "batch\n"
+    os.killpg(process.pid, signal.SIGTERM)  # the process itself has a handler
+    for _ in range(40):  # more than was prefetched
+        assert process.stdout.readline() == "batch\n"
+    process.kill()
+    process.communicate(timeout=60)  # returns when the workers, which hold the pipes too, are gone
+
+
 def test_close_ends_the_workers(synthetic: Source) -> None:
     before = set(multiprocessing.active_children())
     batches = train_loader(

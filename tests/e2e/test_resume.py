@@ -1,68 +1,113 @@
-"""A run that is killed and goes on ends with the bits of a run that was left alone."""
+"""A run that is interrupted and goes on ends with the bits of a run that was left alone."""
 
 import json
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import Run, command, environment
+from tests.conftest import Run, command, environment, run_launch
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("resume")]
 
 # Everything that draws random numbers or keeps state: RandAugment, erasing, mixing, stochastic depth, accumulation, EMA.
 FULL = (
     "experiment=digits", "augment=vip", "augment.hflip=0", "model.drop_path.rate=0.2", "model.drop_path.over_training=ramp",
-    "epochs=1", "max_steps=30", "schedule.warmup_epochs=0", "batch_size=64", "micro_batch=16", "ema_decay=0.9",
+    "epochs=1", "schedule.warmup_epochs=0", "batch_size=64", "micro_batch=16", "ema_decay=0.9",
     "save_every=6", "log_every=3", "optimizer.clip_grad=5",
 )  # fmt: skip
+LAST_STEP = 1437 // 64
 
 
-def final_tensors(folder: Path, step: int = 22) -> dict[str, torch.Tensor]:
-    return load_file(folder / "checkpoints" / f"step_{step:010d}.safetensors")
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Callable[[int], Path]:
+    """The folder of a run that nothing interrupts, by number of processes; each is trained once."""
+    folders: dict[int, Path] = {}
+
+    def train(processes: int) -> Path:
+        if processes not in folders:
+            cwd = tmp_path_factory.mktemp("untouched")
+            arguments = (*FULL, f"data.root={digits}", "name=run", "data.workers=1")
+            done = run_launch(command("train.py", *arguments, processes=processes), cwd)
+            assert done.returncode == 0, done.stdout + done.stderr
+            folders[processes] = cwd / "runs/run"
+        return folders[processes]
+
+    return train
 
 
-def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+def interrupt(cwd: Path, digits: Path, processes: int, number: signal.Signals) -> tuple[int, str]:
+    """Start the run and send it the signal as soon as it has a checkpoint; its exit status and what it said."""
+    started = subprocess.Popen(
+        command("train.py", *FULL, f"data.root={digits}", "name=run", "data.workers=2", processes=processes),
+        cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 150
+    while not (cwd / "runs/run/checkpoints/step_0000000006.safetensors").exists():
+        assert started.poll() is None, started.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(started.pid, number)
+    said = started.communicate(timeout=60)[0]
+    assert final_checkpoint(cwd / "runs/run") is None, "the signal came too late to prove anything"
+    return started.returncode, said
+
+
+def final_checkpoint(folder: Path) -> dict[str, torch.Tensor] | None:
+    path = folder / f"checkpoints/step_{LAST_STEP:010d}.safetensors"
+    return load_file(path) if path.exists() else None
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without those values that a clock decides."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("train/images_per_s", "train/data_wait")} for line in lines]
+
+
+def assert_same_end(folder: Path, untouched: Path) -> None:
+    one, other = final_checkpoint(folder), final_checkpoint(untouched)
+    assert one is not None
+    assert other is not None
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert records(folder)[-1] == records(untouched)[-1]
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-def test_killed_in_mid_epoch_and_resumed_ends_with_the_same_bits(
-    run: Run, tmp_path: Path, digits: Path, processes: int
+def test_killed_in_mid_epoch(
+    run: Run, tmp_path: Path, digits: Path, untouched: Callable[[int], Path], processes: int
 ) -> None:
-    arguments = (*FULL, f"data.root={digits}")
-    run("train.py", *arguments, "name=untouched", "data.workers=1", processes=processes)
-
-    killed = subprocess.Popen(
-        command("train.py", *arguments, "name=killed", "data.workers=2", processes=processes),
-        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-    folder = tmp_path / "runs" / "killed"
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoints" / "step_0000000006.safetensors").exists():
-        assert killed.poll() is None, killed.communicate()[0].decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
-    assert not (folder / "checkpoints" / "step_0000000022.safetensors").exists(), (
-        "the kill came too late to prove anything"
-    )
-
-    resumed = run("train.py", *arguments, "name=killed", "data.workers=0", processes=processes)
+    interrupt(tmp_path, digits, processes, signal.SIGKILL)
+    folder = tmp_path / "runs/run"
+    resumed = run("train.py", *FULL, f"data.root={digits}", "name=run", "data.workers=0", processes=processes)
     assert "goes on from step" in resumed.stdout
-    untouched = tmp_path / "runs" / "untouched"
-    assert_same_bits(final_tensors(untouched), final_tensors(folder))
-    lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (untouched, folder)]
-    timeless = [
-        [{k: v for k, v in line.items() if k not in ("train/images_per_s", "train/data_wait")} for line in part]
-        for part in lines
-    ]
-    assert [line["step"] for line in timeless[0]] == [line["step"] for line in timeless[1]]
-    assert timeless[0][-1] == timeless[1][-1]
+    assert_same_end(folder, untouched(processes))
+    steps = [line["step"] for line in records(folder)]
+    assert steps == [line["step"] for line in records(untouched(processes))], "no step is missing or twice"
+
+
+@pytest.mark.parametrize(
+    ("processes", "number"), [(0, signal.SIGINT), (0, signal.SIGUSR1), (0, signal.SIGTERM), (2, signal.SIGTERM)]
+)
+def test_asked_to_stop_loses_no_step(
+    run: Run, tmp_path: Path, digits: Path, untouched: Callable[[int], Path], processes: int, number: signal.Signals
+) -> None:
+    status, said = interrupt(tmp_path, digits, processes, number)
+    folder = tmp_path / "runs/run"
+    stopped_at = int((folder / "PREEMPTED").read_text())
+    assert f"saved at step {stopped_at}; the same command goes on" in said
+    assert records(folder)[-1]["step"] == stopped_at
+    assert (folder / f"checkpoints/step_{stopped_at:010d}.safetensors").exists()
+    if not processes:
+        assert status == 128 + number
+        assert "Traceback" not in said
+    resumed = run("train.py", *FULL, f"data.root={digits}", "name=run", "data.workers=0", processes=processes)
+    assert f"goes on from step {stopped_at}" in resumed.stdout
+    assert not (folder / "PREEMPTED").exists()
+    assert_same_end(folder, untouched(processes))
