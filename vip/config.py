@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -227,13 +228,14 @@ class one_line_errors:  # noqa: N801 - a context manager, used like a function
         if not isinstance(error, ValueError | OSError):
             return
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or not isinstance(error, ConfigError):
+        if rank != "0" and isinstance(error, ConfigError):
+            time.sleep(30)  # rank 0 says the same; leaving before it would have torchrun end it unheard
+        else:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 traceback.print_exception(error)
             where = "" if rank == "0" else f"[rank {rank}] "
-            print(
-                f"{where}{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True
-            )
+            said = f"{where}{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}"
+            print(said, file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 

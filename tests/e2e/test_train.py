@@ -104,6 +104,13 @@ def test_timm_networks_train_through_the_same_trainer(
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3]
 
 
+def test_under_torchrun_rank_0_alone_names_a_wrong_key(run: Run, tmp_path: Path) -> None:
+    refused = run("train.py", "epoch=3", processes=2, status=1)  # torchrun's own status
+    assert refused.stderr.count("error: epoch=3") == 1
+    assert "\ntrain.py: error: epoch=3: no such key; nearest: epochs\n" in f"\n{refused.stderr}"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(run: Run, tmp_path: Path, digits: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     refused = run("train.py", "experiment=digits", f"data.root={digits}", "data.workers=0", "runs_dir=file", status=2)
