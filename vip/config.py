@@ -225,6 +225,8 @@ class one_line_errors:  # noqa: N801 - a context manager, used like a function
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            raise SystemExit(130) from None
         if not isinstance(error, ValueError | OSError):
             return
         rank = os.environ.get("RANK", "0")

@@ -93,7 +93,8 @@ def test_killed_in_mid_epoch(
 
 
 @pytest.mark.parametrize(
-    ("processes", "number"), [(0, signal.SIGINT), (0, signal.SIGUSR1), (0, signal.SIGTERM), (2, signal.SIGTERM)]
+    ("processes", "number"),
+    [(0, signal.SIGINT), (0, signal.SIGUSR1), (0, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)],
 )
 def test_asked_to_stop_loses_no_step(
     run: Run, tmp_path: Path, digits: Path, untouched: Callable[[int], Path], processes: int, number: signal.Signals
