@@ -84,10 +84,6 @@ class World:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
 
 @contextlib.contextmanager
 def connect() -> Iterator[World]:

@@ -3,6 +3,7 @@
 runs/<name>/config.yaml      every key, resolved
 runs/<name>/metrics.jsonl    one JSON object a line
 runs/<name>/checkpoints/     the newest and the best
+runs/<name>/PREEMPTED        only while a signal has stopped the run: the step it was saved at
 """
 
 import contextlib

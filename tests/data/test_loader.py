@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -198,7 +199,8 @@ for batch in batches:
 """
 
 
-def test_interrupting_the_process_group_leaves_no_worker_tracebacks() -> None:
+def start_training() -> tuple[subprocess.Popen[str], IO[str]]:
+    """TRAINING as the leader of its own process group, and the lines that it prints."""
     process = subprocess.Popen(
         [sys.executable, "-c", TRAINING],
         stdout=subprocess.PIPE,
@@ -207,8 +209,13 @@ def test_interrupting_the_process_group_leaves_no_worker_tracebacks() -> None:
         start_new_session=True,
     )
     assert process.stdout is not None
+    return process, process.stdout
+
+
+def test_interrupting_the_process_group_leaves_no_worker_tracebacks() -> None:
+    process, lines = start_training()
     for _ in range(4):
-        assert process.stdout.readline() == "batch\n"
+        assert lines.readline() == "batch\n"
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert errors.count("Traceback") == 1, errors
@@ -216,18 +223,11 @@ def test_interrupting_the_process_group_leaves_no_worker_tracebacks() -> None:
 
 
 def test_a_scheduler_s_sigterm_to_the_process_group_does_not_take_the_batches_away() -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", TRAINING],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "batch\n"
+    process, lines = start_training()
+    assert lines.readline() == "batch\n"
     os.killpg(process.pid, signal.SIGTERM)  # the process itself has a handler
     for _ in range(40):  # more than was prefetched
-        assert process.stdout.readline() == "batch\n"
+        assert lines.readline() == "batch\n"
     process.kill()
     process.communicate(timeout=60)  # returns when the workers, which hold the pipes too, are gone
 
