@@ -90,6 +90,7 @@ class EvalTransform:
     def __init__(
         self, size: tuple[int, int], crop_pct: float, interpolation: str = "bicubic", crop_mode: str = "center"
     ) -> None:
+        self.size = size
         self.image_transform = _resize_and_crop(size, crop_pct, interpolation, crop_mode)
 
     def __call__(self, image: Image.Image) -> Pixels:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+NONE = torch.empty(0, dtype=torch.int64)
+
 
 class Batch(NamedTuple):
     """uint8 images and the facts that go with them.
@@ -19,6 +21,7 @@ class Batch(NamedTuple):
     indices: torch.Tensor  # int64 (B,): which image of the source
     erase: torch.Tensor  # int64 (B, 4): top, left, height, width of the box to erase; height 0 for none
     keys: torch.Tensor  # int64 (B,): seed of the noise that fills the box
+    bad: torch.Tensor = NONE  # int64 (n,): images that could not be decoded; others stand in their place
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """Images and labels on `device`; the rest stays on the host, which steers the device by it without waiting."""

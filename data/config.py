@@ -18,7 +18,7 @@ RAND_AUGMENT_SPEC = re.compile(r"rand(-(m\d+|n\d+|p[01]?\.?\d+|mstd\d+\.?\d*|mma
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, and how many processes read them."""
+    """Which images, how many processes read them, and how much may be wrong with them."""
 
     kind: Annotated[
         Literal["imagenet", "folder", "digits", "synthetic"],
@@ -43,6 +43,20 @@ class DataConfig:
     num_images: Annotated[
         int, Field(ge=1, description="training images that kind=synthetic generates; a tenth as many for validation")
     ] = 12_800
+    exif: Annotated[
+        bool,
+        Field(
+            description="turn images upright as their EXIF orientation says, in training and validation alike; "
+            "false: ignore it, as ImageNet's published results do"
+        ),
+    ] = False
+    max_bad: Annotated[
+        Probability,
+        Field(
+            description="share of the training images that may be undecodable (others take their place) before the "
+            "run stops"
+        ),
+    ] = 0.001
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,88 @@
 """One image file to 8-bit RGB, through Pillow, whatever its mode.
 
-EXIF orientation is ignored, as ImageNet's published results do; animated files give their first frame.
+The bytes are read first and decoded from memory, so that trouble with a disk is told apart from bad content: what is bad
+today is bad tomorrow, and another image may stand in for it; what could not be read now may be there in a minute, and a
+run that went on without it could not be repeated. Animated files give their first frame.
 """
 
+import io
 import os
+import stat
+import time
+import warnings
+from errno import EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # Pillow knows more; one of them starts Ghostscript
+MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+MAX_BYTES = 1 << 30
+RETRY_WAITS_S = (0.1, 0.5, 2.0)  # before each new attempt to read; network file systems recover in seconds
+LASTING = {ENOENT, ENOTDIR, EACCES, EPERM, EISDIR, ELOOP, ENAMETOOLONG}  # no wait helps against these
+
+TURNED = {  # how to put an image upright, by its EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-class BadImageError(ValueError):
-    """An image file that cannot be decoded; the message names it."""
+class _ImageError(Exception):
+    """`name` (printable) and `reason`, in one line with what to do."""
+
+    text = "{name}: {reason}"
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(self.text.format(name=name, reason=reason))
+        self.name = name
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.name, self.reason)
 
 
-def open_rgb(path: str | bytes | os.PathLike[str]) -> Image.Image:
-    """The decoded image in mode RGB.
+class BadImageError(_ImageError, ValueError):
+    """A file whose content is no image that can be decoded."""
+
+    text = "cannot decode {name} ({reason}): replace or remove the file"
+
+
+class ImageReadError(_ImageError, OSError):
+    """A file whose bytes could not be had; they may be good."""
+
+    text = "cannot read {name} ({reason}): check the file and the disk or network that holds it, then start again"
+
+
+def open_rgb(path: str | bytes | os.PathLike[str], exif: bool = False) -> Image.Image:
+    """The decoded image in mode RGB; `exif` turns it upright as its EXIF orientation says.
 
     Raises:
-        BadImageError: missing, unreadable, truncated or no image at all.
+        BadImageError: truncated, too large, or no image at all.
+        ImageReadError: missing or unreadable, after a few attempts where waiting may help.
     """
+    name = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return decode_rgb(_read(path, name), name, exif)
+
+
+def decode_rgb(data: bytes, name: str, exif: bool = False) -> Image.Image:
+    """The image that `data` holds, in mode RGB; `name` is for the error. Raises as `open_rgb`."""
     try:
-        with Image.open(path) as image:
-            return to_rgb(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images and odd metadata, which change no pixel
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
+                upright = to_rgb(image)
+                return upright.transpose(TURNED[turn]) if exif and (turn := _orientation(image)) in TURNED else upright
+    except MemoryError as error:  # of this machine, now: not a property of the file
+        raise ImageReadError(name, "not enough memory to decode it") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        name = os.fsencode(path).decode("utf-8", "backslashreplace")
-        cause = str(error).replace("\n", " ") or type(error).__name__
-        raise BadImageError(f"cannot decode {name} ({cause}): replace or remove the file") from error
+        raise BadImageError(name, _reason(error, len(data))) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -40,3 +97,44 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, colours).convert("RGB")
     return image.convert("RGB")
+
+
+def _read(path: str | bytes | os.PathLike[str], name: str) -> bytes:
+    """All bytes of a regular file."""
+    for wait in (*RETRY_WAITS_S, None):
+        try:
+            with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise ImageReadError(name, "not a regular file")
+                if status.st_size > MAX_BYTES:
+                    raise BadImageError(name, f"{status.st_size:,} bytes are more than {MAX_BYTES:,}")
+                return file.read()
+        except OSError as error:
+            if isinstance(error, ImageReadError):
+                raise
+            if error.errno in LASTING:
+                raise ImageReadError(name, error.strerror or str(error)) from error
+            if wait is None:
+                attempts = len(RETRY_WAITS_S) + 1
+                raise ImageReadError(name, f"{error.strerror or error}, in each of {attempts} attempts") from error
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """A FIFO that nobody writes to would never open; regular files take no notice of the flag."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged metadata is no damage to the image
+        return 1
+
+
+def _reason(error: Exception, num_bytes: int) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):  # its text names an object in memory
+        return f"not one of {', '.join(FORMATS)}" if num_bytes else "empty file"
+    return " ".join(str(error).split())[:300] or type(error).__name__

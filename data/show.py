@@ -34,7 +34,7 @@ def main() -> None:
     try:
         config = _augment_config(args.augment, args.set)
         images, captions = _augmented(args, config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"{error}") from None
     draw_grid(images, captions).save(args.out)
     print(f"{args.out}: {len(images)} training images of epoch {args.epoch}")

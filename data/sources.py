@@ -42,7 +42,7 @@ class Source(Protocol):
         """Printable name of an image: its path below the split's folder."""
 
     def load(self, index: int) -> Image.Image:
-        """The decoded RGB image; raises `data.decode.BadImageError`, which names the file."""
+        """The decoded RGB image; raises what `data.decode.open_rgb` does, which names the file."""
 
 
 def open_sources(config: DataConfig) -> tuple[Source, Source]:
@@ -74,7 +74,7 @@ def open_source(config: DataConfig, split: Split) -> Source:
         )
     if split == "val":
         _check_same_classes(class_names, _class_folders(root / "val", config.kind), root)
-    return FolderSource(root / split, class_names)
+    return FolderSource(root / split, class_names, config.exif)
 
 
 def _root(config: DataConfig) -> Path:
@@ -100,12 +100,16 @@ def _class_folders(folder: Path, kind: str) -> tuple[str, ...]:
             f"{PREPARE if kind == 'imagenet' else ''} (experiment=digits runs without a download)"
         )
     own_chain = _identities(folder)
+    names, broken = [], []
     with os.scandir(folder) as entries:
-        names = [
-            entry.name
-            for entry in entries
-            if not entry.name.startswith(".") and entry.is_dir() and _identity(entry.path) not in own_chain
-        ]
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_symlink() and not Path(entry.path).exists():  # left out, it would shift the labels
+                broken.append((os.fsencode(entry.name), "link to nothing"))
+            elif entry.is_dir() and _identity(entry.path) not in own_chain:
+                names.append(entry.name)
+    _refuse(folder, broken)
     if not names:
         raise ValueError(f"{folder} has no class folders: put one folder of images per class there")
     return tuple(sorted(names))
@@ -129,15 +133,18 @@ class FolderSource:
     """The images of one split, sorted by path within each class.
 
     Raises:
-        ValueError: a class folder without images, by name.
+        ValueError: a class folder without images, or files that cannot be read, by name.
     """
 
-    def __init__(self, folder: Path, class_names: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, class_names: tuple[str, ...], exif: bool = False) -> None:
         self.folder = os.fsencode(folder)
+        self.exif = exif
         self.class_names = tuple(map(_printable, class_names))
         # Threads, because on network file systems the scan is all waiting.
         with ThreadPoolExecutor(max_workers=16) as pool:
-            files = list(pool.map(lambda name: _image_files(os.fsencode(folder / name)), class_names))
+            listed = list(pool.map(lambda name: _image_files(os.fsencode(folder / name)), class_names))
+        _refuse(folder, [(path[len(self.folder) + 1 :], reason) for _, broken in listed for path, reason in broken])
+        files = [names for names, _ in listed]
         for name, names in zip(class_names, files, strict=True):
             if not names:
                 raise ValueError(
@@ -162,26 +169,53 @@ class FolderSource:
         return _printable(os.fsdecode(self._path(index)))
 
     def load(self, index: int) -> Image.Image:
-        return open_rgb(self.folder + b"/" + self._path(index))
+        return open_rgb(self.folder + b"/" + self._path(index), self.exif)
 
 
-def _image_files(class_folder: bytes) -> list[bytes]:
-    """Paths below a class folder, sorted; skips hidden and foreign files and every link that leads back or up."""
+def _image_files(class_folder: bytes) -> tuple[list[bytes], list[tuple[bytes, str]]]:
+    """Paths below a class folder, sorted, without hidden and foreign files and every link that leads back or up.
+
+    And the whole paths of what cannot be read, each with the reason; for a regular file that takes one system call.
+    """
     visited = _identities(class_folder)
     files: list[bytes] = []
+    broken: list[tuple[bytes, str]] = []
     pending = [class_folder]
     while pending:
         folder = pending.pop()
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):  # .DS_Store, ._image.JPEG and the like
-                    continue
-                if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.is_dir():
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            broken.append((folder, error.strerror or str(error)))
+            continue
+        for entry in entries:
+            if entry.name.startswith(b"."):  # .DS_Store, ._image.JPEG and the like
+                continue
+            is_image = entry.name.lower().endswith(IMAGE_SUFFIXES)
+            try:
+                if is_image and entry.is_file():
                     files.append(entry.path)
-                elif entry.is_dir() and (identity := _identity(entry.path)) not in visited:
-                    visited.add(identity)
-                    pending.append(entry.path)
-    return sorted(path[len(class_folder) + 1 :] for path in files)
+                    if not os.access(entry.path, os.R_OK):
+                        broken.append((entry.path, "no permission to read"))
+                elif entry.is_dir():
+                    if (identity := _identity(entry.path)) not in visited:
+                        visited.add(identity)
+                        pending.append(entry.path)
+                elif is_image:
+                    exists = Path(os.fsdecode(entry.path)).exists()
+                    broken.append((entry.path, "not a regular file" if exists else "link to nothing"))
+            except OSError as error:  # links in a circle, targets out of reach
+                broken.append((entry.path, error.strerror or str(error)))
+    return sorted(path[len(class_folder) + 1 :] for path in files), broken
+
+
+def _refuse(folder: Path, broken: list[tuple[bytes, str]]) -> None:
+    if broken:
+        named = ", ".join(f"{_printable(os.fsdecode(path))} ({reason})" for path, reason in sorted(broken)[:5])
+        raise ValueError(
+            f"{_printable(str(folder))} has {len(broken)} files that cannot be read: {named}{' ...' if len(broken) > 5 else ''}; "
+            "repair or remove them"
+        )
 
 
 def _identity(path: str | bytes | Path) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Checkpoints are whole or refused: round trips to the bit, every kind of damage, kills in mid-write, hostile files."""
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -45,6 +46,14 @@ branches = st.recursive(
     leaves, lambda tree: st.lists(tree, max_size=3) | st.dictionaries(keys, tree, max_size=3), max_leaves=8
 )
 trees = st.dictionaries(keys, branches, max_size=5)
+
+
+def save(folder: Path, state: dict[str, Any], keep: int, is_best: bool) -> Path:
+    """Through the writer, as a run saves; a failure to write is a failure here."""
+    writer = checkpoint.Writer(folder, keep, pytest.fail)
+    writer.save(state, is_best)
+    assert writer.wait() == state["step"]
+    return folder / checkpoint.STEP_FILE.format(state["step"])
 
 
 def assert_same(one: Any, other: Any) -> None:
@@ -110,7 +119,7 @@ def small(tmp_path: Path) -> Path:
     """A whole checkpoint of step 2 beside a whole one of step 1."""
     for step in (1, 2):
         state = {"step": step, "model": {"w": torch.arange(3.0), "n": torch.tensor(step)}, "progress": {"best": 0.5}}
-        path = checkpoint.save(tmp_path, state, keep=2, is_best=False)
+        path = save(tmp_path, state, keep=2, is_best=False)
     return path
 
 
@@ -147,17 +156,36 @@ def test_a_zeroed_page_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [lambda b: b"", lambda b: b[:-1], lambda b: b[:100] + b"\0" + b[101:], lambda b: bytes(len(b))]
 )
-def test_the_newest_whole_one_is_used_and_the_damaged_named(small: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_the_newest_whole_one_is_used_and_the_damaged_put_aside(small: Path, damage: Callable[[bytes], bytes]) -> None:
     said: list[str] = []
     assert checkpoint.newest(small.parent, said.append).step == 2  # type: ignore[union-attr]
     assert said == []
-    small.write_bytes(damage(small.read_bytes()))
+    damaged = damage(small.read_bytes())
+    small.write_bytes(damaged)
     found = checkpoint.newest(small.parent, said.append)
     assert found is not None
     assert found.step == 1
     assert len(said) == 1
     assert str(small) in said[0]
+    assert "renamed to step_0000000002.safetensors.damaged" in said[0]
     assert "\n" not in said[0]
+    assert not small.exists()
+    assert small.with_name(f"{small.name}.damaged").read_bytes() == damaged
+    assert checkpoint.newest(small.parent, pytest.fail).step == 1  # type: ignore[union-attr]
+
+
+def test_a_whole_file_under_the_name_of_another_step_is_put_aside(small: Path) -> None:
+    small.write_bytes(small.with_name(checkpoint.STEP_FILE.format(1)).read_bytes())
+    said: list[str] = []
+    assert checkpoint.newest(small.parent, said.append).step == 1  # type: ignore[union-attr]
+    assert "holds step 1, which is not what its name says" in said[0]
+
+
+def test_one_that_cannot_be_read_is_no_reason_to_go_back(small: Path) -> None:
+    small.unlink()
+    small.mkdir()  # rights would not stop root
+    with pytest.raises(CheckpointError, match="Is a directory"):
+        checkpoint.newest(small.parent, pytest.fail)
 
 
 def test_nothing_to_find(tmp_path: Path) -> None:
@@ -168,27 +196,66 @@ def test_nothing_to_find(tmp_path: Path) -> None:
 
 def test_keep_and_best(tmp_path: Path) -> None:
     for step in range(1, 7):
-        checkpoint.save(tmp_path, {"step": step, "w": torch.tensor(step)}, keep=3, is_best=step == 2)
+        save(tmp_path, {"step": step, "w": torch.tensor(step)}, keep=3, is_best=step == 2)
     names = ["best.safetensors", *(f"step_{step:010d}.safetensors" for step in (4, 5, 6))]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     best = checkpoint.read(tmp_path / "best.safetensors")
     assert (best.step, best.state["w"].item()) == (2, 2)
 
 
-def test_damaged_newer_files_do_not_cost_the_one_just_written(tmp_path: Path) -> None:
+def test_files_beyond_do_not_cost_the_one_just_written(tmp_path: Path) -> None:
     for step in (10, 20, 30):
-        checkpoint.save(tmp_path, {"step": step}, keep=3, is_best=False)
-    for step in (20, 30):
-        os.truncate(tmp_path / f"step_{step:010d}.safetensors", 9)
+        save(tmp_path, {"step": step}, keep=3, is_best=False)
     for step in (12, 14, 16):
-        checkpoint.save(tmp_path, {"step": step}, keep=2, is_best=False)
-        assert checkpoint.newest(tmp_path, lambda _: None).step == step  # type: ignore[union-attr]
+        path = save(tmp_path, {"step": step}, keep=2, is_best=False)
+        assert checkpoint.read(path).step == step
+
+
+def test_what_is_saved_is_the_state_of_that_moment(tmp_path: Path) -> None:
+    weights = torch.zeros(5_000_000)
+    writer = checkpoint.Writer(tmp_path, 99, pytest.fail)
+    for step in range(1, 6):
+        weights.fill_(step)
+        writer.save({"step": step, "w": weights, "n": [step]}, is_best=False)
+        weights.fill_(-1)  # while the thread writes
+    assert writer.wait() == 5
+    for step in range(1, 6):
+        state = checkpoint.read(tmp_path / checkpoint.STEP_FILE.format(step)).state
+        assert (state["w"].unique().tolist(), state["n"]) == ([step], [step])
+
+
+def test_a_save_that_fails_is_said_and_the_next_one_tries_again(tmp_path: Path) -> None:
+    folder, said = tmp_path / "checkpoints", []
+    writer = checkpoint.Writer(folder, 2, said.append)
+    writer.save({"step": 1}, is_best=False)
+    assert writer.wait() == 1
+    folder.rename(tmp_path / "aside")
+    folder.touch()  # a file where the folder was
+    writer.save({"step": 2}, is_best=True)
+    assert writer.wait() == 1
+    assert len(said) == 1
+    assert "checkpoint of step 2 not written (File exists" in said[0]
+    folder.unlink()
+    (tmp_path / "aside").rename(folder)
+    writer.save({"step": 3}, is_best=False)
+    assert writer.wait() == 3
+    assert [checkpoint.read(path).step for path in sorted(folder.iterdir())] == [1, 3]
+
+
+def test_forked_processes_do_not_carry_the_snapshot(tmp_path: Path) -> None:
+    writer = checkpoint.Writer(tmp_path, 2, pytest.fail)
+    writer.save({"step": 1, "w": torch.ones(1_000_000)}, is_best=False)
+    writer.wait()
+    regions = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    start = f"{writer.memory.buffer.data_ptr():x}-"
+    flags = next(after.splitlines()[0] for before, after in itertools.pairwise(regions) if f"\n{start}" in before)
+    assert "dc" in flags.split(), "do not copy on fork"
 
 
 def test_find(tmp_path: Path, small: Path) -> None:
     run = tmp_path / "run"
-    checkpoint.save(run / "checkpoints", {"step": 1}, keep=2, is_best=True)
-    newest = checkpoint.save(run / "checkpoints", {"step": 2}, keep=2, is_best=False)
+    save(run / "checkpoints", {"step": 1}, keep=2, is_best=True)
+    newest = save(run / "checkpoints", {"step": 2}, keep=2, is_best=False)
     best = run / "checkpoints" / "best.safetensors"
     assert checkpoint.find(run) == checkpoint.find(run / "checkpoints") == checkpoint.find(best) == best
     best.unlink()
@@ -238,10 +305,10 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path
 
 
 def _write_forever(path: Path) -> None:
-    step = 0
+    count = 0
     while True:
-        step += 1
-        checkpoint.write(path, {"step": step, "w": torch.full((1_000_000,), float(step))})
+        count += 1
+        checkpoint.write(path, {"step": 1, "count": count, "w": torch.full((1_000_000,), float(count))})
 
 
 def test_killed_in_mid_write_the_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
@@ -257,10 +324,10 @@ def test_killed_in_mid_write_the_file_is_the_old_or_the_new_one(tmp_path: Path) 
         writer.kill()
         writer.join()
         found = checkpoint.read(path)
-        assert found.state["w"].unique().tolist() == [found.step]
+        assert found.state["w"].unique().tolist() == [found.state["count"]]
         left = [other for other in tmp_path.iterdir() if other != path]
         assert all(other.name.startswith(".") for other in left)
         cut_in_a_write += bool(left)
-        checkpoint.save(tmp_path, {"step": 1, "w": torch.ones(1)}, keep=2, is_best=False)
+        save(tmp_path, {"step": 1, "count": 1, "w": torch.ones(1)}, keep=2, is_best=False)
         assert list(tmp_path.iterdir()) == [path], "the next save clears away what a kill has left"
     assert cut_in_a_write > 0, "no kill met a write; the test proved nothing"

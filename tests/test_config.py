@@ -2,15 +2,19 @@
 
 import dataclasses
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
+import torch
 import yaml
 
 from data.config import AugmentConfig
-from tests.conftest import Run
+from scripts.faults.blackhole import black_hole
+from tests.conftest import ROOT, Run
 from vip import config
 from vip.config import CheckpointData, ConfigError, EvalConfig, RunConfig
 from vip.models.build import build_model
@@ -148,6 +152,8 @@ def test_departures_name_what_differs_and_nothing_else() -> None:
         ("model=vip_s6", ("model=vip_s6", "nearest: vip_s", "vip_tiny")),
         ("experiment=vip_s7_imagnet", ("experiment=vip_s7_imagnet", "nearest: vip_s7_imagenet")),
         ("epochs=many", ("epochs=many", "integer")),
+        ("epochs=-5", ("epochs=-5", "greater than or equal to 1")),
+        ("optimizer.lr=abc", ("optimizer.lr=abc", "number")),
         ("epochs=1.5", ("epochs=1.5", "integer")),
         ("epochs=0", ("epochs=0", "greater than or equal to 1")),
         ("epochs=null", ("epochs=null",)),
@@ -233,7 +239,9 @@ def test_help_mentions_every_key_and_every_choice(run: Run, script: str, schema:
 def test_every_key_of_the_schema_stands_in_the_yaml(name: str, schema: Any) -> None:
     """Else the command line could not set it."""
     given = {key for key, _ in config.defaults(name)}
-    optional = ("model.", "data.num_") if name == "eval" else ()  # the checkpoint's own, unless a group is chosen
+    optional = (
+        ("model.", "data.num_", "data.exif", "data.max_bad") if name == "eval" else ()
+    )  # the checkpoint's own, unless a group is chosen
     assert [key for key, *_ in config.walk(schema) if key not in given and not key.startswith(optional)] == []
 
 
@@ -244,3 +252,88 @@ def test_the_configuration_is_frozen_and_writes_itself_back() -> None:
     assert run.name == "123"
     assert run.folder == Path("runs/123")
     assert config.parse(RunConfig, yaml.safe_load(config.to_yaml(run))) == run
+
+
+@pytest.mark.parametrize("override", ["epochs=-5", "optimizer.lr=abc", "epocs=3", "epochs=1.5"])
+def test_a_rank_says_what_is_wrong_before_it_looks_for_the_others(
+    override: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with black_hole() as url:  # joining the group would hang here
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", url.rpartition(":")[2])
+        monkeypatch.setattr(sys, "argv", ["train.py", "experiment=digits", override])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    assert not torch.distributed.is_initialized()
+    said = capsys.readouterr().err
+    assert said.startswith(f"train.py: error: {override}: ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["epochs: [1,\n", "epochs: 3\n  seed: 1\n", "a: *nowhere\n", "\tepochs: 3\n", "a: @x\n"]
+)
+def test_a_file_that_is_not_yaml_is_named_with_its_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}")
+    with pytest.raises(ConfigError, match=r"experiment/mine\.yaml, line \d+: not plain YAML \(.+\)$") as refused:
+        compose(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_of_ones_own_is_found_on_the_search_path(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 7\n")
+    assert compose(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine").seed == 7
+
+
+def test_every_job_of_a_sweep_is_checked_before_the_first_begins(run: Run, tmp_path: Path) -> None:
+    refused = run("train.py", "-m", "experiment=digits", "seed=1,2", "epochs=4,-5", status=2)
+    assert refused.stderr == "train.py: error: epochs=-5: should be greater than or equal to 1\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+SECRETS = {
+    "https://me:pa/s@s:word@host.example/images?x=1": "https://<redacted>@host.example/images?x=1",
+    "s3://AKIAIOSFODNN7EXAMPLE/bucket": "s3://<redacted>/bucket",
+    "https://ghp_0123456789abcdefghijABCDEFGHIJ012345@host/x": "https://<redacted>@host/x",
+    "https://host/x.tar?sv=1&sig=abc%2F=&y=2": "https://host/x.tar?sv=1&<redacted>&y=2",
+    "0123456789abcdef0123456789abcdef01234567": "<redacted>",
+    "run-hf_abcdefghijklmnopqrstuvwxyz012345": "run-<redacted>",
+    "sk-proj-abcdefghijklmnopqrstuvwxyz": "<redacted>",
+}
+HARMLESS = [
+    "runs/vip_s7",
+    "https://host:8080/a/b",
+    "rand-m9-mstd0.5-inc1",
+    "/data/n01440764",
+    "task-force-of-many-people-x",
+]
+
+
+@pytest.mark.parametrize(("value", "shown"), [*SECRETS.items(), *((value, value) for value in HARMLESS)])
+def test_what_looks_like_a_secret_is_not_shown(value: str, shown: str) -> None:
+    run = dataclasses.replace(compose("experiment=digits"), runs_dir=value)
+    assert config.redacted(run)["runs_dir"] == shown
+    assert yaml.safe_load(config.to_yaml(run))["runs_dir"] == shown
+    kept = config.redacted(run) | {"runs_dir": value}
+    assert kept == yaml.safe_load(config.to_yaml(compose("experiment=digits"))) | {"runs_dir": value}, (
+        "nothing else changes"
+    )
+
+
+def test_keys_that_are_named_like_secrets_are_not_shown() -> None:
+    @dataclasses.dataclass
+    class Account:
+        api_key: str | None
+        access_token: str
+        password: int
+        nested: dict[str, Any]
+
+    shown = config.redacted(Account(None, "x", 1234, {"client_secret": ["a", "b"], "steps": 3}))
+    hidden = "<redacted>"
+    nested = {"client_secret": [hidden, hidden], "steps": 3}
+    assert shown == {"api_key": None, "access_token": hidden, "password": hidden, "nested": nested}

@@ -86,9 +86,14 @@ def test_the_small_parts_know_torch_timm_and_their_own_dataclass(name: str) -> N
         "vip/metrics.py": ("vip.distributed",),
         "vip/distributed.py": (),
         "vip/plan.py": ("data",),
+        "vip/guard.py": ("data",),
+        "vip/watch.py": ("vip.distributed",),
+        "vip/bad_images.py": ("vip.config", "data"),
+        "vip/preflight.py": ("vip.config", "vip.checkpoint"),
         "vip/engine.py": (
             "vip.checkpoint", "vip.tracking", "vip.distributed", "vip.metrics", "vip.evaluate", "vip.schedule",
-            "vip.precision", "vip.optim", "vip.stochastic_depth", "vip.plan", "vip.config", "data",
+            "vip.precision", "vip.optim", "vip.stochastic_depth", "vip.plan", "vip.config", "vip.guard", "vip.watch",
+            "vip.bad_images", "data",
         ),
     }  # fmt: skip
     for place, allowed in own.items():
@@ -151,6 +156,18 @@ def test_no_file_names_a_machine_or_a_package_index(pattern: str) -> None:
         "https:" + "//files." + "pythonhosted" + ".org",
     ]
     assert any(re.search(pattern, example) for example in examples)
+
+
+def test_every_fault_has_its_test() -> None:
+    rows = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", (ROOT / "docs/reliability.md").read_text(), re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 41))
+    for number, cell in rows:
+        named = re.findall(r"`([\w/]+\.py)` ([^;]+)", cell)
+        assert named, number
+        for file, names in named:
+            tests = {function.name for function in functions(tree(f"tests/{file}"))}
+            for name in names.split(","):
+                assert name.strip() == "(all)" or f"test_{name.strip()}" in tests, f"row {number}: {file} {name}"
 
 
 def test_importing_vip_registers_the_models_and_does_nothing_else(tmp_path: Path) -> None:

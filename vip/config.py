@@ -6,7 +6,7 @@ side effects; `-m` and Hydra's own flags go through `hydra.main`.
 """
 
 import dataclasses
-import difflib
+import itertools
 import json
 import os
 import re
@@ -16,13 +16,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
 import hydra
+import yaml
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ValueType
+from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -32,11 +33,22 @@ from data.config import AugmentConfig, DataConfig
 from vip.models.build import ModelConfig
 from vip.optim import OptimizerConfig
 from vip.precision import PrecisionConfig
+from vip.redact import redact
 from vip.schedule import ScheduleConfig
+from vip.schema import as_yaml, first_problem, flatten, near, walk
 
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value)]
 Schema = TypeVar("Schema")
+HYDRA_FLAGS = ("-m", "--multirun", "-c", "--cfg", "-p", "--package", "--resolve", "--info", "--hydra-help", "--version")
+# Where Hydra would call, import or set what a configuration names: (key, the only value that is let through).
+HYDRA_HANDS: dict[str, Any] = {
+    "callbacks": {},
+    "job.env_set": {},
+    "sweeper.params": None,
+    "job_logging": {"version": 1, "root": None, "disable_existing_loggers": False},
+    "hydra_logging": {"version": 1, "root": None, "disable_existing_loggers": False},
+}
 
 
 class ConfigError(ValueError):
@@ -82,6 +94,21 @@ class RunConfig:
     ]
     keep: Annotated[int, Field(ge=2, description="newest checkpoints to keep, beside the best one")]
     log_every: Annotated[int, Field(ge=1, description="steps between metrics; only then the host waits for the device")]
+    weights: Annotated[
+        Text | None,
+        Field(
+            description="fine-tuning: begin with these weights (a run folder, a checkpoint, a published file); a classifier of "
+            "other classes begins anew; null: from the seed"
+        ),
+    ]
+    max_skipped: Annotated[
+        int,
+        Field(ge=1, description="steps in a row whose loss or gradients are not finite, each left out, before on_nan"),
+    ]
+    on_nan: Annotated[
+        Literal["stop", "rollback"],
+        Field(description="stop with the cause, or go back to the newest checkpoint and on with other images, 3 times"),
+    ]
     ema_decay: Annotated[
         float | None,
         Field(
@@ -153,51 +180,39 @@ class EvalConfig:
 
 
 def compose(config_name: str, overrides: list[str]) -> dict[str, Any]:
-    """The composed YAML as plain values. Raises ConfigError with the nearest key or choice."""
+    """The composed YAML as plain values. Raises ConfigError with the nearest key or choice, and where code would be run."""
     try:
         with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            composed = hydra.compose(config_name, overrides)
-            return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+            _check_search_path(overrides)
+            composed = hydra.compose(config_name, overrides, return_hydra_config=True)
+            _refuse_code(OmegaConf.to_container(composed))
+            own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+            return OmegaConf.to_container(own, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(config_name, overrides, error)) from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{mark.name.strip()}, line {mark.line + 1}" if mark else "a configuration file"
+        raise ConfigError(f"{where}: not plain YAML ({error.problem})") from error
 
 
 def defaults(config_name: str) -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of a configuration without overrides; what must be given is shown as ???."""
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         values = OmegaConf.to_container(hydra.compose(config_name), resolve=True)
-    yield from _flatten(values)
+    yield from flatten(values)
 
 
 def parse(schema: type[Schema], values: dict[str, Any]) -> Schema:
     """Typed, checked and frozen. Raises ConfigError naming the key, the value and what is allowed."""
     known = sorted(key for key, *_ in walk(schema))
-    for key, value in _flatten(values):
+    for key, value in flatten(values):
         if not any(key == k or key.startswith(f"{k}.") or (value is None and k.startswith(f"{key}.")) for k in known):
-            raise ConfigError(f"{key}={value}: no such key{_near(key, known)}")
+            raise ConfigError(f"{key}={value}: no such key{near(key, known)}")
     try:
         return TypeAdapter(schema).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        raise ConfigError(_first_problem(schema, error)) from None
-
-
-def walk(schema: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(dotted key, type, description) of every leaf of a schema, in order; a key of several alternatives comes once."""
-    hints = get_type_hints(schema, include_extras=True)
-    for field in dataclasses.fields(schema):
-        kind, *notes = (
-            get_args(hints[field.name]) if get_origin(hints[field.name]) is Annotated else (hints[field.name],)
-        )
-        nested = [choice for choice in (kind, *get_args(kind)) if dataclasses.is_dataclass(choice)]
-        seen = set()
-        for inner in nested:
-            for key, name, text in walk(inner, f"{prefix}{field.name}."):
-                if key not in seen:
-                    yield key, name, text
-                seen.add(key)
-        if not nested:
-            text = next((note.description for note in notes if getattr(note, "description", None)), "")
-            yield f"{prefix}{field.name}", _type_name(kind), text
+        raise ConfigError(first_problem(schema, error)) from None
 
 
 def run(config_name: str, schema: type[Schema], task: Callable[[Schema], None]) -> None:
@@ -246,23 +261,23 @@ def departures(config: RunConfig) -> list[str]:
     recipe = f"{config.model.name}_imagenet"
     if config.data.kind != "imagenet" or not (CONF_DIR / "experiment" / f"{recipe}.yaml").exists():
         return []
-    published = dict(_flatten(dataclasses.asdict(parse(RunConfig, compose("train", [f"experiment={recipe}"])))))
+    published = dict(flatten(dataclasses.asdict(parse(RunConfig, compose("train", [f"experiment={recipe}"])))))
     free: tuple[str, ...] = ("name", "runs_dir", "seed", "resume", "micro_batch", "keep", "data.", "tracking.")
     free += ("eval_every", "save_every", "log_every")
     return [
         f"{key}: {as_yaml(published.get(key))} -> {as_yaml(value)}"
-        for key, value in _flatten(dataclasses.asdict(config))
+        for key, value in flatten(dataclasses.asdict(config))
         if published.get(key) != value and not key.startswith(free)
     ]
 
 
-def as_yaml(value: Any) -> str:
-    """One value as it would be typed."""
-    return value if isinstance(value, str) else json.dumps(value)
+def redacted(config: Any) -> dict[str, Any]:
+    """A configuration as a plain dict for files and trackers, what looks like a secret replaced."""
+    return redact(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def to_yaml(config: Any) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(json.loads(json.dumps(dataclasses.asdict(config)))))
+    return OmegaConf.to_yaml(OmegaConf.create(redacted(config)))
 
 
 def _run_with_hydra(config_name: str, schema: type[Schema], task: Callable[[Schema], None]) -> None:
@@ -274,24 +289,65 @@ def _run_with_hydra(config_name: str, schema: type[Schema], task: Callable[[Sche
                 values["name"] = "-".join([str(values["name"]), *(re.sub(r"[^\w.,=+-]", "_", item) for item in swept)])
             task(parse(schema, values))
 
-    if any(a in ("-m", "--multirun") for a in sys.argv):
-        with one_line_errors():  # what Hydra itself says of a wrong key or value is many lines long
-            parse(schema, compose(config_name, _first_job(sys.argv[1:])))
+    with one_line_errors():  # what Hydra itself says of a wrong key or value is many lines long
+        for flag in (a for a in sys.argv[1:] if a.startswith("-") and a.partition("=")[0] not in HYDRA_FLAGS):
+            raise ConfigError(f"{flag}: no such option; there are --help, {', '.join(HYDRA_FLAGS)}, and key=value")
+        for job_overrides in _jobs([a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]):
+            parse(schema, compose(config_name, job_overrides))
     hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(job)()
 
 
-def _first_job(arguments: list[str]) -> list[str]:
-    """The overrides of a sweep's first job; which choices a glob stands for is left to Hydra."""
-    given = [a for a in arguments if "=" in a and not a.startswith("-")]
-    try:
-        parsed = OverridesParser.create().parse_overrides(given)
-    except HydraException as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    return [
-        f"{o.get_key_element()}={next(o.sweep_string_iterator())}" if o.is_sweep_override() else str(o.input_line)
-        for o in parsed
-        if o.value_type is not ValueType.GLOB_CHOICE_SWEEP
-    ]
+def _jobs(overrides: list[str]) -> list[list[str]]:
+    """The overrides of every job of a sweep; of a single run the only one."""
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        try:
+            values = []
+            for o in OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(overrides):
+                if o.is_sweep_override() and not o.is_discrete_sweep():
+                    raise ConfigError(f"{o.input_line}: a sweep takes a list of values, as in seed=1,2,3")
+                swept = (
+                    [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else []
+                )
+                values.append(swept or [str(o.input_line)])
+        except HydraException as error:
+            raise ConfigError(" ".join(str(error).split())) from error
+    return [list(job) for job in itertools.product(*values)]
+
+
+def _check_search_path(overrides: list[str]) -> None:
+    """Folders only: Hydra would import a `pkg://` while it composes."""
+    for item in overrides:
+        if "searchpath" in item and not re.fullmatch(
+            r"hydra\.searchpath=\[?file://[\w./-]+(,file://[\w./-]+)*\]?", item
+        ):
+            raise ConfigError(f"{item}: takes folders alone, as in hydra.searchpath=[file:///path/to/conf]")
+
+
+def _refuse_code(composed: Any) -> None:
+    """Raises ConfigError where Hydra would run what a configuration names: a file from elsewhere must not bring programs."""
+    plugins = {f"{kind.__module__}.{kind.__qualname__}" for kind in Plugins.instance().discover()}
+    for key, value in _targets(composed):
+        if value not in plugins:
+            raise ConfigError(
+                f"{key}={value}: a configuration may not name code to run; only Hydra's own and its installed plugins"
+            )
+    for key, allowed in HYDRA_HANDS.items():
+        node = composed["hydra"]
+        for part in key.split("."):
+            node = node.get(part)
+        if node != allowed:
+            raise ConfigError(
+                f"hydra.{key}={as_yaml(node)}: must stay {as_yaml(allowed)}; Hydra would call or set what it names"
+            )
+
+
+def _targets(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every `_target_`, in lists too."""
+    for name, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        inner = f"{key}.{name}" if key else str(name)
+        if name == "_target_":
+            yield inner, value
+        yield from _targets(value, inner)
 
 
 def _one_line(config_name: str, overrides: list[str], error: Exception) -> str:
@@ -299,59 +355,15 @@ def _one_line(config_name: str, overrides: list[str], error: Exception) -> str:
     text = str(error)
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={choice}: no such choice{_near(choice, error.options)}; there are {', '.join(sorted(error.options))}"
+        return f"{group}={choice}: no such choice{near(choice, error.options)}; there are {', '.join(sorted(error.options))}"
     unknown = re.search(r"Could not override '([^']+)'", text)
     if isinstance(error, ConfigCompositionException) and unknown:
         key = unknown[1]
         given = next((item for item in overrides if item.lstrip("+~").startswith(f"{key}=")), key)
         groups = sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir())
         keys = [k for k, *_ in walk(RunConfig if config_name == "train" else EvalConfig)]
-        return f"{given}: no such key{_near(key, [*keys, *groups])}"
+        return f"{given}: no such key{near(key, [*keys, *groups])}"
     missing = re.search(r"Missing mandatory value: (\S+)", text)
     if missing:
         return f"{missing[1]}: must be given ({missing[1]}=...)"
     return " ".join(text.split())
-
-
-def _near(word: str, known: list[str] | Any) -> str:
-    """`; nearest: x`, by whole key, or else by the key's last part."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not near:
-        tails = {key.rpartition(".")[2]: key for key in reversed(known)}
-        near = [tails[t] for t in difflib.get_close_matches(word.rpartition(".")[2], list(tails), n=1, cutoff=0.6)]
-    return f"; nearest: {near[0]}" if near else ""
-
-
-def _first_problem(schema: Any, error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
-    key, known = "", [known for known, *_ in walk(schema)]
-    for part in problem["loc"]:  # which names members of unions too
-        longer = f"{key}.{part}" if key else str(part)
-        if any(f"{k}.".startswith(f"{longer}.") for k in known):
-            key = longer
-    if problem["type"] == "value_error":  # raised by a check of ours, which names its key
-        return f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
-    message = problem["msg"].removeprefix("Input ")
-    return f"{key}: {message}" if problem["type"] == "missing" else f"{key}={as_yaml(problem['input'])}: {message}"
-
-
-def _flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _type_name(kind: Any) -> str:
-    """`int`, `a | b | c` for choices, `x or null` for what may be left out."""
-    if get_origin(kind) is Annotated:
-        return _type_name(get_args(kind)[0])
-    if get_origin(kind) is Literal:
-        return " | ".join(map(str, get_args(kind)))
-    if get_origin(kind) is tuple:
-        return f"[{', '.join(_type_name(part) for part in get_args(kind))}]"
-    if get_origin(kind) in (UnionType, Union):
-        return " or ".join(_type_name(part) for part in get_args(kind))
-    return "null" if kind is NoneType else kind.__name__

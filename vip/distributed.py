@@ -8,7 +8,10 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,8 +21,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-TIMEOUT = timedelta(seconds=300)
+START_TIMEOUT = timedelta(seconds=300)  # until every rank has made its first step, compilation and all
+STEP_TIMEOUT = timedelta(seconds=100)
+NCCL_PATIENCE = timedelta(seconds=30)  # beyond the hosts' timeout, which can name the rank
+ROLL_CALL_S = (1.0, 3.0)  # how long the others are asked for a sign of life, if one seems dead or seems to hang
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+
+
+class PeerError(ConnectionError):
+    """Another rank is gone or hangs; the text names it."""
 
 
 class Vote:
@@ -43,6 +54,7 @@ class World:
     size: int
     device: torch.device
     control: dist.ProcessGroup | None = None
+    store: dist.Store | None = None
 
     @property
     def is_main(self) -> bool:
@@ -63,6 +75,62 @@ class World:
     def ask(self, wish: bool) -> Vote:
         """Start a vote, between the hosts: no GPU waits for it. Every rank asks equally often."""
         return Vote(wish, self.control)
+
+    def share(self, text: str = "") -> str:
+        """Rank 0's text on every rank."""
+        if self.size == 1:
+            return text
+        encoded = torch.tensor(list(text.encode()) if self.is_main else [], dtype=torch.uint8)
+        length = torch.tensor(len(encoded))
+        dist.broadcast(length, src=0, group=self.control)
+        encoded.resize_(int(length))
+        dist.broadcast(encoded, src=0, group=self.control)
+        return bytes(encoded.tolist()).decode()
+
+    def expect_steps(self) -> None:
+        """From now on ranks meet at every step: wait for one another no longer than STEP_TIMEOUT."""
+        if self.size > 1:
+            dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT, self.control)
+            patience = NCCL_PATIENCE if self.device.type == "cuda" else timedelta(0)
+            dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT + patience)
+
+    def explain(self, error: BaseException | None) -> str | None:
+        """Who is missing, in words, if `error` comes from waiting for other ranks; else None. Takes a few seconds.
+
+        Every rank that still runs meets such an error at about the same time and answers the roll call.
+        """
+        lost = isinstance(error, dist.DistError) or any(word in str(error) for word in LOST)
+        if self.store is None or not isinstance(error, RuntimeError) or not lost:
+            return None
+        absent: list[str] = []
+        hangs = "Timed out" in str(error)
+        call = threading.Thread(target=self._call_roll, args=(absent, ROLL_CALL_S[hangs]), daemon=True)
+        call.start()
+        call.join(ROLL_CALL_S[hangs] + 2)
+        if call.is_alive():
+            absent = ["rank 0"]  # it keeps the store, unless torchrun does
+        if not absent:
+            return "the connection between the ranks broke, though every rank still runs: a network's fault"
+        missing = f"{', '.join(absent[:4])}{' and others' if len(absent) > 4 else ''}"
+        return f"{missing} {'gave no sign of life in time: hangs, or its machine is gone' if hangs else 'has ended or hangs'}"
+
+    def _call_roll(self, absent: list[str], patience: float) -> None:
+        """Fills `absent` with the ranks that do not answer within `patience`; hangs with a store whose keeper hangs."""
+        assert self.store is not None
+        ranks, deadline = list(range(self.size)), time.monotonic() + patience
+        try:
+            self.store.set(f"present/{self.rank}", "")
+            while ranks and time.monotonic() < deadline:
+                time.sleep(0.1)
+                ranks = [rank for rank in ranks if not self.store.check([f"present/{rank}"])]
+            absent += [f"rank {rank} ({self.store.get(f'process/{rank}').decode()})" for rank in ranks]
+            time.sleep(self.is_main)  # the store, where rank 0 keeps it, must outlast the others' questions
+        except RuntimeError:  # the store is gone with its keeper
+            absent.append("rank 0 or the launcher")
+
+    def flight_record(self) -> bytes:
+        """The last collectives of this rank, for torch's flight-recorder tools (`torchfrtrace`)."""
+        return torch._C._distributed_c10d._dump_fr_trace() if self.size > 1 else b""  # type: ignore[attr-defined]
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
@@ -104,11 +172,16 @@ def connect() -> Iterator[World]:
         yield World(0, 1, place)
         return
     _die_with_launcher()
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     on_gpu = place.type == "cuda"
     with _without_stdout():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=place if on_gpu else None)
-        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    yield World(rank, size, place, control)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", timeout=START_TIMEOUT, device_id=place if on_gpu else None
+        )
+        control = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"process/{rank}", f"{socket.gethostname()}, pid {os.getpid()}")
+    yield World(rank, size, place, control, store)
     dist.destroy_process_group()  # after an error this could wait for ranks that never come; torchrun ends them all
 
 

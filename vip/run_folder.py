@@ -3,11 +3,11 @@
 runs/<name>/config.yaml      every key, resolved
 runs/<name>/metrics.jsonl    one JSON object a line
 runs/<name>/checkpoints/     the newest and the best
+runs/<name>/bad_images.jsonl   training images that could not be decoded, if there were any
 runs/<name>/PREEMPTED        only while a signal has stopped the run: the step it was saved at
 """
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from vip import checkpoint, config
+from vip import checkpoint, config, preflight
 from vip.config import ConfigError, RunConfig
+from vip.distributed import World
 from vip.engine import Progress, Trainer
 from vip.plan import Plan
 from vip.tracking import Fanout, Tracker
@@ -29,40 +30,51 @@ IDENTITY = ("model", "num_classes", "parameters", "optimizer", "batch_size", "se
 CIRCUMSTANCES = ("world_size", "precision", "compile")
 
 
-def find_start(run: RunConfig, fingerprint: dict[str, Any], console: Console) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from, or None for a fresh start.
+@contextlib.contextmanager
+def held(run: RunConfig, world: World) -> Iterator[Console]:
+    """The console, which only rank 0 uses, while rank 0 keeps other runs out of the folder."""
+    console = Console(quiet=not world.is_main, soft_wrap=True, highlight=False, markup=False)
+    with preflight.locked(run.folder, console.print) if world.is_main else contextlib.nullcontext():
+        if world.is_main:
+            checkpoint.sweep(run.folder / "checkpoints")
+        yield console
+
+
+def find_start(run: RunConfig, world: World, console: Console) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from, the same on all ranks, or None for a fresh start.
 
     The run's own newest checkpoint comes first, so that a command with `resume=<path>` may be repeated after an interruption.
-    Raises ValueError where the folder belongs to another run, and where `resume=never` would overwrite one.
+    Raises ValueError where `resume=never` would overwrite a run.
     """
-    own = checkpoint.newest(run.folder / "checkpoints", console.print)
+    own = checkpoint.newest_for_all(run.folder / "checkpoints", world.is_main, world.share, console.print)
     if run.resume == "never" and own is not None:
         raise ConfigError(
             f"resume=never: {run.folder} already holds a run (step {own.step}); choose another name=..., or delete that folder"
         )
-    found = own
-    if own is None and run.resume not in ("auto", "never"):
-        found = _other_run(Path(run.resume), console)
-    if found is None:
-        return None
+    if own is not None or run.resume in ("auto", "never"):
+        return own
+    return _other_run(Path(run.resume), world, console)
+
+
+def check_same_run(found: checkpoint.Checkpoint, fingerprint: dict[str, Any], console: Console) -> None:
+    """Raises ConfigError where the checkpoint is of another run; says where it was made under other circumstances."""
     saved = found.state["fingerprint"]
     for key in IDENTITY:
         if saved[key] != fingerprint[key]:
             raise ConfigError(
                 f"{found.path} is of another run: {key} {saved[key]}, here {fingerprint[key]}; choose another name=..., "
-                "or set the key back"
+                "set the key back, or begin a new run with its weights: weights=..."
             )
     for key in CIRCUMSTANCES:
         if saved[key] != fingerprint[key]:
             console.print(f"note: {key} was {saved[key]}, now {fingerprint[key]}: goes on, but not with the same bits")
-    return found
 
 
-def _other_run(path: Path, console: Console) -> checkpoint.Checkpoint:
+def _other_run(path: Path, world: World, console: Console) -> checkpoint.Checkpoint:
     """A checkpoint to branch off from: its weights, moments and position, but neither its best result nor its trackers."""
     if path.is_dir():
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        found = checkpoint.newest(folder, console.print)
+        found = checkpoint.newest_for_all(folder, world.is_main, world.share, console.print)
         if found is None:
             raise ConfigError(f"resume={path}: no checkpoint in this folder")
     elif path.exists() and not checkpoint.is_ours(path):
@@ -108,7 +120,9 @@ def tracked(run: RunConfig, plan: Plan, trainer: Trainer, console: Console) -> I
         status = "done" if trainer.finished else "interrupted"
     except KeyboardInterrupt:
         status = "interrupted"
-        console.print(f"interrupted at step {progress.step}; the same command goes on from step {trainer.saved_step}")
+        console.print(
+            f"interrupted at step {progress.step}; the same command goes on from step {trainer.writer.wait()}"
+        )
         raise SystemExit(130) from None
     except torch.OutOfMemoryError as error:
         remedy = f"micro_batch={plan.micro_batch // 2} keeps the global batch by accumulation"
@@ -146,7 +160,7 @@ def _trackers(run: RunConfig, plan: Plan, progress: Progress, console: Console) 
             run.tracking.project,
             run.name,
             run.folder,
-            dataclasses.asdict(run),
+            config.redacted(run),
             progress.tracking.get("wandb"),
         )
         progress.tracking["wandb"] = tracker.run_id

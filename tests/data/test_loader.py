@@ -1,14 +1,8 @@
-"""Loaders: the same samples for every number of workers, ranks and accumulation steps; exact seeking; a clean end."""
+"""Loaders: the same samples for every number of workers, ranks and accumulation steps; exact seeking; bad images."""
 
-import multiprocessing
-import os
 import random
-import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pytest
@@ -18,10 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.augment import EvalTransform, TrainTransform
-from data.batch import Batch
+from data.batch import NONE, Batch
 from data.config import AugmentConfig, DataConfig
-from data.decode import BadImageError
-from data.loader import EVAL_SLICE, eval_loader, eval_requests, train_loader
+from data.decode import BadImageError, ImageReadError
+from data.loader import EVAL_SLICE, Request, TrainBatches, eval_loader, eval_requests, train_loader
 from data.order import BatchPlan, EpochOrder
 from data.sources import Source, open_source
 
@@ -168,78 +162,80 @@ def test_a_rank_without_slices_has_nothing_to_do(synthetic: Source) -> None:
     assert_same(*passes)
 
 
-def test_a_bad_image_is_named_from_a_worker(tmp_path: Path) -> None:
+@pytest.fixture
+def damaged(tmp_path: Path) -> Source:
+    """20 training images of two classes, of which 5, 6 and 12 cannot be decoded."""
+    for split in ("train", "val"):
+        for number in range(20):
+            path = tmp_path / split / f"class{number // 10}" / f"{number:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((24, 24), 20 + number).save(path)
+            if number in (5, 6, 12):
+                path.write_bytes(path.read_bytes()[:200])
+    return open_source(DataConfig(kind="folder", root=str(tmp_path)), "train")
+
+
+BAD = {5, 6, 12}
+
+
+@pytest.mark.parametrize(("workers", "world", "repeats"), [(0, 1, 1), (1, 1, 1), (2, 2, 1), (3, 1, 2)])
+def test_bad_training_images_are_replaced_the_same_way_by_every_number_of_workers(
+    damaged: Source, workers: int, world: int, repeats: int
+) -> None:
+    reference = global_batches(damaged, repeats=repeats, total=10)
+    ours = global_batches(damaged, workers=workers, world=world, repeats=repeats, total=10)
+    for one, other in zip(ours, reference, strict=True):
+        assert sorted(one.bad.tolist()) == sorted(other.bad.tolist())
+    assert_same([batch._replace(bad=NONE) for batch in ours], [batch._replace(bad=NONE) for batch in reference])
+    order = EpochOrder(20, SEED, repeats)
+    asked = [order.indices(step // 2)[step % 2 * 8 :][:8] for step in range(10)]
+    for batch, wanted in zip(ours, asked, strict=True):
+        replaced = np.isin(wanted, list(BAD))
+        assert np.array_equal(batch.indices.numpy()[~replaced], wanted[~replaced])
+        assert not set(batch.indices.tolist()) & BAD
+        assert Counter(wanted[replaced].tolist()) <= Counter(batch.bad.tolist())
+        assert set(batch.bad.tolist()) <= BAD
+        assert batch.labels.tolist() == damaged.labels[batch.indices.numpy()].tolist()
+
+
+def test_a_replacement_is_the_sample_that_it_would_be_by_itself(damaged: Source) -> None:
+    batches = TrainBatches(damaged, TRANSFORM, SEED)
+    seen = set()
+    for epoch in range(30):
+        replaced = batches[Request(epoch, np.array([1, 5]), np.array([0, 1]))]
+        stand_in = int(replaced.indices[1])
+        seen.add(stand_in)
+        alone = batches[Request(epoch, np.array([stand_in]), np.array([1]))]
+        assert torch.equal(replaced.images[1:], alone.images)
+        assert (replaced.keys[1], replaced.labels[1]) == (alone.keys[0], alone.labels[0])
+        assert alone.bad.tolist() == []
+        assert torch.equal(replaced.images[:1], batches[Request(epoch, np.array([1]), np.array([0]))].images)
+    assert len(seen) > 5, "each epoch draws another one"
+
+
+def test_a_set_without_a_good_image_ends_by_name(tmp_path: Path) -> None:
     for split in ("train", "val"):
         (tmp_path / split / "cat").mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / split / "cat" / "good.png")
-    (tmp_path / "train" / "cat" / "bad.png").write_bytes(b"no image")
+        for number in range(3):
+            (tmp_path / split / "cat" / f"bad{number}.png").write_bytes(b"no image")
     source = open_source(DataConfig(kind="folder", root=str(tmp_path)), "train")
-    batches = train_loader(source, TRANSFORM, EpochOrder(2, 0), BatchPlan(2), start_step=0, total_steps=1, workers=1)
-    with pytest.raises(BadImageError, match=r"cannot decode .*train/cat/bad.png"):
-        next(batches)
+    for workers in (0, 1):
+        batches = train_loader(
+            source, TRANSFORM, EpochOrder(3, 0), BatchPlan(2), start_step=0, total_steps=1, workers=workers
+        )
+        with pytest.raises(BadImageError, match=r"cannot decode .*train/cat/bad\d.png") as caught:
+            next(batches)
+        assert "\n" not in str(caught.value)
 
 
-TRAINING = """
-import signal, time
-from data.augment import TrainTransform
-from data.config import AugmentConfig, DataConfig
-from data.loader import train_loader
-from data.order import BatchPlan, EpochOrder
-from data.sources import open_source
-
-signal.signal(signal.SIGTERM, lambda number, frame: None)
-source = open_source(DataConfig(kind="synthetic", num_images=64), "train")
-transform = TrainTransform(AugmentConfig(), (32, 32))
-batches = train_loader(
-    source, transform, EpochOrder(64, 0), BatchPlan(4), start_step=0, total_steps=10**6, workers=2
-)
-for batch in batches:
-    print("batch", flush=True)
-    time.sleep(0.05)
-"""
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_never_replaced(damaged: Source, tmp_path: Path, workers: int) -> None:
+    (tmp_path / "train" / "class1" / "13.png").unlink()  # after it was listed
+    with pytest.raises(ImageReadError, match=r"cannot read .*class1/13.png \(No such file or directory\)"):
+        global_batches(damaged, workers=workers, total=10)
 
 
-def start_training() -> tuple[subprocess.Popen[str], IO[str]]:
-    """TRAINING as the leader of its own process group, and the lines that it prints."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", TRAINING],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    return process, process.stdout
-
-
-def test_interrupting_the_process_group_leaves_no_worker_tracebacks() -> None:
-    process, lines = start_training()
-    for _ in range(4):
-        assert lines.readline() == "batch\n"
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    assert errors.count("Traceback") == 1, errors
-    assert errors.endswith("KeyboardInterrupt\n"), errors
-
-
-def test_a_scheduler_s_sigterm_to_the_process_group_does_not_take_the_batches_away() -> None:
-    process, lines = start_training()
-    assert lines.readline() == "batch\n"
-    os.killpg(process.pid, signal.SIGTERM)  # the process itself has a handler
-    for _ in range(40):  # more than was prefetched
-        assert lines.readline() == "batch\n"
-    process.kill()
-    process.communicate(timeout=60)  # returns when the workers, which hold the pipes too, are gone
-
-
-def test_close_ends_the_workers(synthetic: Source) -> None:
-    before = set(multiprocessing.active_children())
-    batches = train_loader(
-        synthetic, TRANSFORM, EpochOrder(20, SEED), BatchPlan(8), start_step=0, total_steps=1000, workers=2
-    )
-    next(batches)
-    workers = set(multiprocessing.active_children()) - before
-    assert len(workers) == 2
-    batches.close()
-    batches.close()
-    assert not any(worker.is_alive() for worker in workers)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_validation_image_is_named_not_replaced(damaged: Source, workers: int) -> None:
+    with pytest.raises(BadImageError, match=r"cannot decode .*class0/05.png"):
+        list(eval_loader(damaged, EvalTransform((32, 32), 1.0), batch_size=32, workers=workers))

@@ -1,16 +1,15 @@
-"""Class-folder trees: the class map, foreign files, links, and images of every mode."""
+"""Class-folder trees: the class map, foreign files, links, and files that cannot be read."""
 
 import os
+import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from data.config import DataConfig
-from data.decode import BadImageError, open_rgb
-from data.sources import Source, open_source, open_sources
+from data.sources import Source, Split, open_source, open_sources
 
 WriteTree = Callable[[dict[str, Iterable[str]]], Path]
 
@@ -85,11 +84,74 @@ def test_links_that_lead_back_are_not_followed(write_tree: WriteTree) -> None:
     assert names(train) == ["a/1.png", "b/1.png", "b/alias.png"]
 
 
-def test_dangling_link_is_named_when_read(write_tree: WriteTree) -> None:
+def as_nobody(task: Callable[[], object]) -> str:
+    """What `task` raises when a user without rights runs it, in a forked process; root may read everything."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            if os.getuid() == 0:
+                os.setuid(65534)
+            task()
+        except Exception as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        text = said.read()
+    os.waitpid(pid, 0)
+    return text
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_dangling_links_and_what_is_no_file_are_named_while_listing(write_tree: WriteTree, split: Split) -> None:
     root = write_tree({"train/a": ["1.png"], "val/a": ["1.png"]})
-    (root / "train" / "a" / "2.png").symlink_to(root / "gone.png")
-    with pytest.raises(BadImageError, match=r"cannot decode .*train/a/2.png .*No such file"):
-        open_source(folder(root), "train").load(1)
+    images = root / split / "a"
+    (images / "2.png").symlink_to(root / "gone.png")
+    os.mkfifo(images / "3.png")
+    (images / "4.png").symlink_to("/dev/zero")
+    (images / "5.png").symlink_to("5.png")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(images / "6.png"))  # a socket's name must be short
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        open_source(folder(root), split)
+    assert str(caught.value) == (
+        f"{root / split} has 5 files that cannot be read: a/2.png (link to nothing), a/3.png (not a regular file), "
+        "a/4.png (not a regular file), a/5.png (Too many levels of symbolic links), a/6.png (not a regular file); "
+        "repair or remove them"
+    )
+
+
+def test_of_many_broken_links_the_first_are_named_and_all_are_counted(write_tree: WriteTree) -> None:
+    root = write_tree({"train/a": ["1.png"], "train/b": ["1.png"], "val/a": ["1.png"], "val/b": ["1.png"]})
+    for number in range(9):
+        (root / "train" / "ab"[number % 2] / f"gone{number}.png").symlink_to("nowhere")
+    with pytest.raises(
+        ValueError, match=r"train has 9 files .* a/gone0.png \(.*b/gone\d.png|a/gone8.png \(.*\) \.\.\.;"
+    ):
+        open_source(folder(root), "train")
+
+
+def test_files_and_folders_without_permission_are_named_while_listing(write_tree: WriteTree) -> None:
+    root = write_tree({"train/a": ["1.png", "2.png"], "train/b": ["1.png"], "val/a": ["1.png"], "val/b": ["1.png"]})
+    for parent in (root, *root.parents):
+        if parent.stat().st_uid == os.getuid():
+            parent.chmod(parent.stat().st_mode | 0o011)
+    (root / "train" / "a" / "2.png").chmod(0)
+    (root / "train" / "b").chmod(0o311)
+    said = as_nobody(lambda: open_source(folder(root), "train"))
+    assert said == (
+        f"{root / 'train'} has 2 files that cannot be read: a/2.png (no permission to read), b (Permission denied); "
+        "repair or remove them"
+    )
+
+
+def test_a_class_folder_that_is_a_dangling_link_is_named_not_dropped(write_tree: WriteTree) -> None:
+    root = write_tree({"train/a": ["1.png"], "val/a": ["1.png"]})
+    (root / "train" / "b").symlink_to(root / "not mounted")
+    with pytest.raises(ValueError, match=r"train has 1 files that cannot be read: b \(link to nothing\)"):
+        open_source(folder(root), "train")
 
 
 def test_names_that_are_not_utf8_print_and_load(write_tree: WriteTree) -> None:
@@ -141,57 +203,3 @@ def test_synthetic_is_a_function_of_the_index() -> None:
     assert np.array_equal(train.load(3), open_source(DataConfig(kind="synthetic", num_images=50), "train").load(3))
     assert not np.array_equal(train.load(3), train.load(7))
     assert not np.array_equal(train.load(3), val.load(3))
-
-
-LEVELS = np.array([[0, 128, 255]], np.uint8)
-GRAY = [(0, 0, 0), (128, 128, 128), (255, 255, 255)]
-TRANSLUCENT = np.array([[[200, 0, 0, 255], [200, 0, 0, 0], [0, 0, 0, 51]]], np.uint8)
-ON_WHITE = [(200, 0, 0), (255, 255, 255), (204, 204, 204)]
-
-
-def _palette() -> Image.Image:
-    image = Image.new("P", (3, 1))
-    image.putpalette([200, 0, 0, 1, 2, 3, 0, 0, 0])
-    image.putdata([0, 1, 2])
-    return image
-
-
-@pytest.mark.parametrize(
-    ("image", "options", "expected"),
-    [
-        (Image.fromarray(LEVELS), {}, GRAY),
-        (Image.fromarray(LEVELS.astype(np.uint16) * 257), {}, GRAY),
-        (Image.fromarray(TRANSLUCENT), {}, ON_WHITE),
-        (_palette(), {"transparency": b"\xff\x00\x33"}, ON_WHITE),
-        (_palette(), {}, [(200, 0, 0), (1, 2, 3), (0, 0, 0)]),
-    ],
-    ids=["gray", "gray16", "rgba", "palette-alpha", "palette"],
-)
-def test_png_modes(tmp_path: Path, image: Image.Image, options: dict, expected: list) -> None:
-    image.save(tmp_path / "image.png", **options)
-    decoded = open_rgb(tmp_path / "image.png")
-    assert decoded.mode == "RGB"
-    assert [tuple(pixel) for pixel in np.asarray(decoded)[0]] == expected
-
-
-def test_cmyk_jpeg(tmp_path: Path) -> None:
-    Image.new("RGB", (16, 16), (200, 30, 60)).convert("CMYK").save(tmp_path / "image.jpg", quality=100)
-    assert np.abs(np.asarray(open_rgb(tmp_path / "image.jpg")).astype(int) - (200, 30, 60)).max() <= 4
-
-
-def test_exif_orientation_is_ignored(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (8, 4)).save(tmp_path / "image.jpg", exif=exif)
-    assert open_rgb(tmp_path / "image.jpg").size == (8, 4)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
-def test_undecodable_files_are_named(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "image.jpg"
-    Image.effect_noise((64, 64), 50).save(path)
-    whole = path.read_bytes()
-    path.write_bytes({"truncated": whole[: len(whole) // 2], "garbage": b"<html>" * 50, "empty": b""}[damage])
-    with pytest.raises(BadImageError, match=r"cannot decode .*image.jpg \(.*\): replace or remove the file") as caught:
-        open_rgb(path)
-    assert "\n" not in str(caught.value)

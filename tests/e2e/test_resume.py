@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from scripts.faults.launch import Launch
 from tests.conftest import Run, command, environment, run_launch
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("resume")]
@@ -112,3 +114,49 @@ def test_asked_to_stop_loses_no_step(
     assert f"goes on from step {stopped_at}" in resumed.stdout
     assert not (folder / "PREEMPTED").exists()
     assert_same_end(folder, untouched(processes))
+
+
+def test_a_rank_that_dies_is_replaced_by_torchrun(
+    tmp_path: Path, digits: Path, untouched: Callable[[int], Path]
+) -> None:
+    launcher = command("train.py", *FULL, f"data.root={digits}", "name=run", "data.workers=2", processes=2)
+    launcher.insert(3, "--max-restarts=1")
+    started = subprocess.Popen(
+        launcher, cwd=tmp_path, env=environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 150
+    while not (tmp_path / "runs/run/checkpoints/step_0000000006.safetensors").exists():
+        assert started.poll() is None, started.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    ranks = [int(pid) for pid in Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()]
+    os.kill(ranks[1], signal.SIGKILL)
+    said = started.communicate(timeout=150)[0]
+    assert started.returncode == 0, said
+    assert f"train.py: error: rank 1 ({socket.gethostname()}, pid {ranks[1]}) has ended or hangs" in said
+    assert "goes on from step" in said
+    assert_same_end(tmp_path / "runs/run", untouched(2))
+
+
+def test_another_number_of_processes_goes_on_with_the_same_images_and_says_so(tmp_path: Path, digits: Path) -> None:
+    plain = (
+        "experiment=digits",
+        f"data.root={digits}",
+        "epochs=1",
+        "schedule.warmup_epochs=0",
+        "log_every=1",
+        "save_every=1",
+    )
+    alone = Launch((*plain, "name=run"), tmp_path / "alone")
+    two = Launch((*plain, "name=run"), tmp_path / "changed", processes=2)
+    assert two.wait_until((tmp_path / "changed/runs/run/checkpoints/step_0000000005.safetensors").exists)
+    two.kill()
+    two.wait()
+    one = Launch((*plain, "name=run"), tmp_path / "changed")
+    assert (one.wait(), alone.wait()) == ([0], [0])
+    assert "note: world_size was 2, now 1: goes on, but not with the same bits" in one.output
+    losses = [[line["train/loss"] for line in records(tmp_path / name / "runs/run") if "train/loss" in line]
+              for name in ("alone", "changed")]  # fmt: skip
+    assert len(losses[0]) == len(losses[1]) == LAST_STEP
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3), "the same images in every global batch"

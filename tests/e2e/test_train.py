@@ -26,7 +26,7 @@ def test_a_run_leaves_metrics_config_and_checkpoints(trained: Path) -> None:
     assert yaml.safe_load((trained / "config.yaml").read_text())["model"]["name"] == "vip_tiny"
     names = sorted(path.name for path in (trained / "checkpoints").iterdir())
     assert names == ["best.safetensors", "step_0000000022.safetensors", "step_0000000044.safetensors"]
-    assert sorted(path.name for path in trained.iterdir()) == ["checkpoints", "config.yaml", "metrics.jsonl"]
+    assert sorted(path.name for path in trained.iterdir()) == [".lock", "checkpoints", "config.yaml", "metrics.jsonl"]
     assert [path.name for path in trained.parent.iterdir()] == ["short"], "Hydra must leave nothing behind"
 
 

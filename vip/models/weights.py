@@ -58,6 +58,17 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     model.load_state_dict(state_dict)
 
 
+def keep_own_head(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state_dict` with the classifier of `model` in place of one for another number of classes."""
+    own = model.state_dict()
+    other = {
+        name
+        for name in _head_names(model) & own.keys()
+        if getattr(state_dict.get(name), "shape", None) != own[name].shape
+    }
+    return dict(state_dict) | {name: own[name] for name in other}
+
+
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The hook by which timm's own loading (`pretrained=True` with a file or a URL) unwraps a checkpoint."""
     return unwrap_state_dict(state_dict)

@@ -12,6 +12,9 @@ class Tracker(Protocol):
     def log(self, step: int, record: Record) -> None:
         """Metrics at `step`: `epoch` (finished epochs, fractional) and `train/...` or `val/...` values."""
 
+    def rewind(self, step: int) -> None:
+        """The run goes back to `step`: what was told of later steps did not happen."""
+
     def close(self, status: str) -> None:
         """The run ends here: `done`, `interrupted` or `failed`."""
 
@@ -25,6 +28,10 @@ class Fanout:
     def log(self, step: int, record: Record) -> None:
         for tracker in self.trackers:
             tracker.log(step, record)
+
+    def rewind(self, step: int) -> None:
+        for tracker in self.trackers:
+            tracker.rewind(step)
 
     def close(self, status: str) -> None:
         for tracker in self.trackers:

@@ -36,6 +36,10 @@ class ConsoleTracker:
                     soft_wrap=True,
                 )
 
+    def rewind(self, step: int) -> None:
+        self._finish_bar()
+        self.start = (time.monotonic(), step)
+
     def close(self, status: str) -> None:
         self._finish_bar()
 

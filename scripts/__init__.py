@@ -1,0 +1,1 @@
+"""Command-line tools beside train.py and eval.py; each says in its first lines what it does."""
