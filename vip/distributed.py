@@ -130,7 +130,9 @@ class World:
 
     def flight_record(self) -> bytes:
         """The last collectives of this rank, for torch's flight-recorder tools (`torchfrtrace`)."""
-        return torch._C._distributed_c10d._dump_fr_trace() if self.size > 1 else b""  # type: ignore[attr-defined]
+        recorders = torch._C._distributed_c10d
+        on_gpu = self.device.type == "cuda"
+        return recorders._dump_nccl_trace() if on_gpu else recorders._dump_fr_trace()  # type: ignore[attr-defined]
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all ranks, in place."""

@@ -252,7 +252,7 @@ class Trainer:
             return
         folder = self.config.folder / f"nan_step_{bad.step}"
         folder.mkdir(parents=True, exist_ok=True)
-        bad.write(folder, self.world.rank)
+        bad.write(folder, self.world.rank, stream_key("step", self.config.seed, bad.step, self.world.rank))
         if self.world.is_main:
             checkpoint.write(folder / "state.safetensors", self.state() | {"step": bad.step})
             self.warn(

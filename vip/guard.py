@@ -34,15 +34,10 @@ class BadStep:
         """fp16's loss scale was too large: an ordinary thing, which halving it mends."""
         return self.scale > 1 and math.isfinite(self.loss)
 
-    def write(self, folder: Path, rank: int) -> None:
+    def write(self, folder: Path, rank: int, torch_seed: int) -> None:
         """This rank's images of the step, as `batch_rank_<rank>.json` in `folder`, for scripts/replay_step.py."""
-        facts: dict[str, Any] = {
-            "step": self.step,
-            "rank": rank,
-            "loss": str(self.loss),
-            "grad_norm": str(self.grad_norm),
-        }
-        facts |= {"loss_scale": self.scale}
+        facts: dict[str, Any] = {"step": self.step, "rank": rank, "torch_seed": torch_seed, "loss_scale": self.scale}
+        facts |= {"loss": str(self.loss), "grad_norm": str(self.grad_norm)}
         facts["batches"] = [{"indices": b.indices.tolist(), "keys": b.keys.tolist()} for b in self.batches]
         (folder / f"batch_rank_{rank}.json").write_text(json.dumps(facts) + "\n")
 

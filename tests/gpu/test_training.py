@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +12,9 @@ from tests.conftest import Run
 from vip import config
 from vip.config import RunConfig
 from vip.distributed import World
-from vip.engine import Trainer
+from vip.engine import SUMS, Trainer
 from vip.metrics import DeviceSums
+from vip.parts import build
 from vip.plan import make_plan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -64,19 +64,21 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_step_never_waits_for_the_device(digits: Path, precision: str) -> None:
-    from train import build
-
+def trainer_on_gpu(digits: Path, folder: Path, precision: str) -> tuple[Trainer, DeviceSums]:
     overrides = ["experiment=digits", "augment=vip", f"data.root={digits}", f"precision={precision}", "data.workers=0",
-                 "ema_decay=0.9", "optimizer.clip_grad=1", "model.drop_path.rate=0.1", "micro_batch=32"]  # fmt: skip
+                 "ema_decay=0.9", "optimizer.clip_grad=1", "model.drop_path.rate=0.1", "micro_batch=32",
+                 f"runs_dir={folder}"]  # fmt: skip
     run = config.parse(RunConfig, config.compose("train", overrides))
     world = World(0, 1, torch.device("cuda", 0))
     sources = open_sources(run.data)
     plan = make_plan(run.batch_size, run.micro_batch, 1, len(sources[0]), run.total_epochs, None)
-    trainer = Trainer(run, plan, world, build(run, plan, world, *sources))
-    batches = trainer.parts.batches(0)
-    sums: Any = DeviceSums(("loss", "passes", "grad_norm", "finite_steps", "data_wait"), world)
+    return Trainer(run, plan, world, build(run, plan, world, *sources, None, print)), DeviceSums(SUMS, world)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_step_never_waits_for_the_device(digits: Path, tmp_path: Path, precision: str) -> None:
+    trainer, sums = trainer_on_gpu(digits, tmp_path, precision)
+    batches = trainer.parts.batches(0, 0)
     for step in range(3):  # allocations and lazy initialisation
         trainer.train_step(batches, step, sums)
     torch.cuda.set_sync_debug_mode("error")
@@ -85,4 +87,23 @@ def test_a_step_never_waits_for_the_device(digits: Path, precision: str) -> None
             trainer.train_step(batches, step, sums)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert sums.reduce()["passes"] == 16
+    assert sums.reduce()["finite_steps"] >= 5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_bad_step_is_left_out_on_the_device_and_written_down(digits: Path, tmp_path: Path, precision: str) -> None:
+    trainer, sums = trainer_on_gpu(digits, tmp_path, precision)
+    finish = trainer.parts.finish
+    trainer.parts.finish = lambda batch, step, micro: (
+        finish(batch, step, micro)[0] * (torch.nan if step == 20 else 1), finish(batch, step, micro)[1]
+    )  # fmt: skip
+    batches = trainer.parts.batches(0, 0)
+    for step in range(20):
+        trainer.train_step(batches, step, sums)
+    before = [p.detach().clone() for p in trainer.parts.model.parameters()]
+    trainer.train_step(batches, 20, sums)
+    assert all(torch.equal(p, q) for p, q in zip(trainer.parts.model.parameters(), before, strict=True))
+    assert not list(trainer.config.folder.glob("nan_step_20")), "the host does not know yet"
+    trainer.train_step(batches, 21, sums)
+    assert list(trainer.config.folder.glob("nan_step_20/batch_rank_0.json"))
+    assert any(not torch.equal(p, q) for p, q in zip(trainer.parts.model.parameters(), before, strict=True))
