@@ -17,6 +17,34 @@ pytestmark = pytest.mark.xdist_group("watch")
 TIMEOUT_S = 4.0  # in place of STEP_TIMEOUT's 100
 
 
+def rank_alone(port: int, folder: Path) -> None:
+    os.environ.update(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    distributed.START_TIMEOUT = timedelta(seconds=TIMEOUT_S)
+    try:
+        with connect():
+            pass
+    except PeerError as error:
+        (folder / "said").write_text(str(error))
+        os._exit(1)
+
+
+def test_a_rank_that_never_comes_is_one_line(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=rank_alone, args=(free_port(), tmp_path))
+    process.start()
+    process.join(60)
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("rank 0 found no way to the other 1 (")
+    assert "\n" not in said
+    assert "127.0.0.1:" in said
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def rank_of_three(rank: int, port: int, victim: int, number: signal.Signals, folder: Path) -> None:
     """Three steps, then `victim` gets the signal; what the others learn goes to `said_<rank>`."""
     os.environ.update(
@@ -41,10 +69,7 @@ def rank_of_three(rank: int, port: int, victim: int, number: signal.Signals, fol
 
 def launch(victim: int, number: signal.Signals, folder: Path) -> dict[int, tuple[float, str]]:
     """Seconds of waiting and the message of each rank but the victim."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    port, context = free_port(), multiprocessing.get_context("fork")
     ranks = [context.Process(target=rank_of_three, args=(rank, port, victim, number, folder)) for rank in range(3)]
     for process in ranks:
         process.start()

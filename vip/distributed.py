@@ -176,11 +176,18 @@ def connect() -> Iterator[World]:
     _die_with_launcher()
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     on_gpu = place.type == "cuda"
-    with _without_stdout():
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo", timeout=START_TIMEOUT, device_id=place if on_gpu else None
-        )
-        control = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
+    try:
+        with _without_stdout():
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo", timeout=START_TIMEOUT, device_id=place if on_gpu else None
+            )
+            control = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise PeerError(
+            f"rank {rank} found no way to the other {size - 1} ({reason}); look for what they say, and whether every node can "
+            f"reach {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        ) from error
     store = dist.distributed_c10d._get_default_store()
     store.set(f"process/{rank}", f"{socket.gethostname()}, pid {os.getpid()}")
     yield World(rank, size, place, control, store)
