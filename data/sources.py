@@ -26,7 +26,7 @@ Split = Literal["train", "val"]
 IMAGE_SUFFIXES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".ppm", b".pgm", b".tif", b".tiff")
 SYNTHETIC_PIXELS = 256  # height and width
 SYNTHETIC_CLASSES = 1000
-PREPARE = "; scripts/prepare_imagenet.py makes it from the archives"
+PREPARE = "; scripts/prepare_imagenet.py makes it from the archives or from Parquet files"
 NUM_CLASSES = {"imagenet": 1000, "digits": 10}
 
 

@@ -1,134 +1,155 @@
-"""Unpack the ImageNet-1k archives into train/ and val/ with one folder per class, as `data=imagenet` wants them.
+"""Make ImageNet-1k a tree of class folders with a manifest, as `data=imagenet` wants it, and audit such a tree.
 
-python scripts/prepare_imagenet.py --archives DOWNLOADS --out /path/to/imagenet
+python scripts/prepare_imagenet.py --archives DOWNLOADS --out DIR     # or --train FILE --val FILE --devkit FILE
+python scripts/prepare_imagenet.py --parquet DOWNLOADS --devkit FILE --out DIR     # a hub's copy; or --classes FILE
+python scripts/prepare_imagenet.py --tree DIR     # train/ and val/ are there: decodes every image, writes the manifest
+python scripts/prepare_imagenet.py --verify --out DIR     # names the files that are missing, added or changed
 
-DOWNLOADS holds ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (from image-net.org, after
-registration). Their MD5 sums are checked; a split that is there already is left alone. Nothing but regular files with the
-names that ImageNet uses is written, whatever an archive holds.
+DOWNLOADS holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz (from image-net.org, after
+registration), whose MD5 sums are checked. However it is interrupted, the same command goes on. Every image is decoded once;
+DIR/manifest.jsonl notes its size, checksum and oddities, DIR/prepare.log how it went.
+
+Exit status 0; 1 where --verify finds a difference; 2 for an error, or where images cannot be decoded (all else is done then).
 """
 
 import argparse
-import io
-import re
-import shutil
-import tarfile
-from collections.abc import Iterator, Sequence
+import os
+import sys
 from pathlib import Path
-from typing import IO
+from typing import NoReturn
 
-import scipy.io  # type: ignore[import-untyped]
-from torchvision.datasets import imagenet
-from torchvision.datasets.utils import check_integrity
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-NUM_CLASSES = 1000
-NUM_IMAGES = {"train": 1_281_167, "val": 50_000}
-CLASS_ARCHIVE = r"n\d{8}\.tar"
-IMAGE = r"\w+\.JPEG"
+from scripts.prepare import archives, manifest
+from scripts.prepare.images import Source, printable
+from scripts.prepare.parquet import open_parquet
+from scripts.prepare.report import Report
+from scripts.prepare.tree import open_tree
+from scripts.prepare.work import prepare
+
+LOG = "prepare.log"
+NUM_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Unpack the ImageNet-1k archives into class folders.")
-    parser.add_argument("--archives", type=Path, required=True, help="folder that holds the three downloaded archives")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make train/ and val/ in")
-    args = parser.parse_args()
+    args = _parse()
     try:
-        prepare(args.archives, args.out)
-    except (OSError, ValueError, LookupError, tarfile.TarError) as error:
-        raise SystemExit(f"prepare_imagenet.py: error: {' '.join(str(error).split())}") from None
+        if args.verify:
+            sys.exit(_verify(args.out, args.workers))
+        _prepare(args)
+    except (ValueError, OSError) as error:
+        _fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr, flush=True)
+        os._exit(130)  # the processes at work end with this one
 
 
-def prepare(archives: Path, out: Path) -> None:
-    """Raises OSError or ValueError for a missing, damaged or strange archive, and for a result that is not whole."""
-    devkit, train, val = (_checked(archives, kind) for kind in ("devkit", "train", "val"))
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for kind, name in archives.NAMES.items():
+        parser.add_argument(f"--{kind}", type=Path, help=name)
+    parser.add_argument("--archives", type=Path, help="folder that holds the three archives")
+    parser.add_argument("--parquet", type=Path, help="folder with train-*.parquet and validation-*.parquet")
+    parser.add_argument(
+        "--classes", type=Path, help="for --parquet: a file with one class (n01440764) a line, by label"
+    )
+    parser.add_argument("--tree", type=Path, help="folder with train/ and val/: only its manifest is written")
+    parser.add_argument("--verify", action="store_true", help="compare --out with its manifest")
+    parser.add_argument("--out", type=Path, help="folder that has, or is to have, train/ and val/")
+    parser.add_argument("--skip-md5", action="store_true", help="for archives that somebody has packed anew")
+    parser.add_argument(
+        "--workers", type=int, default=NUM_CPUS, help="processes (default: %(default)s, one for each CPU)"
+    )
+    args = parser.parse_args()
+    given = [name for name in ("archives", "train", "val", "parquet", "tree", "verify") if getattr(args, name)]
+    kinds = {"archives" if name in archives.NAMES else name for name in given}
+    if len(kinds) != 1:
+        parser.error("give one of --archives (or --train, --val and --devkit), --parquet, --tree and --verify")
+    if (args.out is None) != (kinds == {"tree"}):
+        parser.error("--tree writes its manifest into the tree: no --out" if args.out else "--out is missing")
+    if kinds == {"parquet"} and (args.devkit is None) == (args.classes is None):
+        parser.error("--parquet needs the names of the classes: --devkit or --classes")
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}: at least 1")
+    return args
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    out = args.out or args.tree
+    if args.tree and not (out / "train").is_dir():
+        raise ValueError(f"{out / 'train'} not found: give --tree the folder that holds train/ and val/")
+    files = _archives(args)
+    for path in files.values():
+        if not path.is_file():
+            raise ValueError(f"{path} not found: download it from image-net.org, or give the folder or file that it is")
     out.mkdir(parents=True, exist_ok=True)
-    for split, archive in (("train", train), ("val", val)):
-        if not (out / split).is_dir():
-            print(f"{split}: unpacking {archive.name} ...", flush=True)
-            unfinished = out / f"{split}.unfinished"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            if split == "train":
-                _unpack_train(archive, unfinished)
-            else:
-                _unpack_val(archive, _classes_of_validation(devkit), unfinished)
-            unfinished.rename(out / split)
-        classes = [path for path in (out / split).iterdir() if path.is_dir()]
-        images = sum(1 for path in classes for _ in path.iterdir())
-        if (len(classes), images) != (NUM_CLASSES, NUM_IMAGES[split]):
-            raise ValueError(
-                f"{out / split} has {len(classes)} classes and {images} images instead of {NUM_CLASSES} and "
-                f"{NUM_IMAGES[split]}: delete it and run again"
-            )
-        print(f"{split}: {len(classes)} classes, {images:,} images in {out / split}")
+    report = Report(out / LOG)
 
+    def open_source(notes: Path) -> Source:
+        if not args.skip_md5:
+            archives.check_md5(files, notes / "verified.json", report)
+        if args.tree:
+            return open_tree(args.tree)
+        if args.parquet:
+            return _open_parquet(args, files)
+        return archives.open_archives(files["train"], files["val"], files["devkit"], verified=not args.skip_md5)
 
-def _checked(archives: Path, kind: str) -> Path:
-    name, md5 = imagenet.ARCHIVE_META[kind]
-    if not (archives / name).is_file():
-        raise ValueError(f"{archives / name} not found: download it from image-net.org, or give --archives its folder")
-    print(f"checking {name} ...", flush=True)
-    if not check_integrity(archives / name, md5):
-        raise ValueError(f"{archives / name} is damaged: its MD5 sum is not {md5}; download it again")
-    return archives / name
-
-
-def _members(file: IO[bytes], archive: str, pattern: str) -> Iterator[tuple[str, IO[bytes]]]:
-    """Name and content of every member of a tar; a name off the pattern, a link, a folder or a device is refused."""
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            content = tar.extractfile(member) if member.isreg() else None
-            if content is None or not re.fullmatch(pattern, member.name, re.ASCII):
-                raise ValueError(
-                    f"{archive}: {member.name!r} is no image file of ImageNet's: not the published archive, download it again"
-                )
-            yield member.name, content
-
-
-def _unpack_train(archive: Path, folder: Path) -> None:
-    with archive.open("rb") as file:
-        for name, images in _members(file, archive.name, CLASS_ARCHIVE):
-            for image, content in _members(images, f"{archive.name}, {name}", IMAGE):
-                _write(content, folder / name.removesuffix(".tar") / image)
-
-
-def _unpack_val(archive: Path, classes: Sequence[str], folder: Path) -> None:
-    """`classes` in the order of the images' names, which end in their number."""
-    with archive.open("rb") as file:
-        for image, content in _members(file, archive.name, IMAGE):
-            number = int(re.sub(r"\D", "", image.removeprefix("ILSVRC2012_val_")) or 0)
-            if not 1 <= number <= len(classes):
-                raise ValueError(
-                    f"{archive.name}: {image!r} is not one of the {len(classes)} images of the devkit's list"
-                )
-            _write(content, folder / classes[number - 1] / image)
-
-
-def _classes_of_validation(devkit: Path) -> list[str]:
-    """The class of each validation image, from the devkit, which is read and not unpacked."""
-    with tarfile.open(devkit, "r:gz") as tar:
-        meta, truth = (
-            _content(tar, f"ILSVRC2012_devkit_t12/data/{name}")
-            for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
+    made = prepare(out, open_source, not args.tree, args.workers, report)
+    images, odd = made.header["images"], {kind: found["count"] for kind, found in made.header["odd"].items()}
+    report.say(
+        f"{out}: {images['train']:,} training and {images['val']:,} validation images of {len(made.header['classes']):,} classes; "
+        f"oddities: {', '.join(f'{kind} {count:,}' for kind, count in odd.items()) or 'none'}"
+    )
+    if bad := made.undecodable:
+        named = ", ".join(map(printable, bad["first"]))
+        raise ValueError(
+            f"{bad['count']:,} images cannot be decoded: {named}{' ...' if bad['count'] > len(bad['first']) else ''}; all else is "
+            f"done; replace or remove them, delete {out / manifest.NAME} and run --tree {out}"
         )
-    synsets = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-    names = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
-    strange = [name for name in names.values() if not re.fullmatch(r"n\d{8}", name, re.ASCII)]
-    if strange:
-        raise ValueError(f"{devkit.name}: {strange[0]!r} is not the name of a class")
-    return [names[int(line)] for line in truth.split()]
 
 
-def _content(tar: tarfile.TarFile, name: str) -> bytes:
-    member = tar.getmember(name)
-    content = tar.extractfile(member) if member.isreg() else None
-    if content is None:
-        raise ValueError(f"{name!r} in the devkit is not a regular file: not the published archive, download it again")
-    return content.read()
+def _archives(args: argparse.Namespace) -> dict[str, Path]:
+    """Those that are to be read, by kind."""
+    if args.tree:
+        return {}
+    if args.parquet:
+        return {"devkit": args.devkit} if args.devkit else {}
+    given = {kind: getattr(args, kind) for kind in archives.NAMES}
+    if args.archives:
+        return {kind: path or args.archives / archives.NAMES[kind] for kind, path in given.items()}
+    if missing := [f"--{kind}" for kind, path in given.items() if path is None]:
+        raise ValueError(f"{' and '.join(missing)} missing: give all three archives, or --archives with their folder")
+    return given
 
 
-def _write(content: IO[bytes], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb") as file:
-        shutil.copyfileobj(content, file)
+def _open_parquet(args: argparse.Namespace, files: dict[str, Path]) -> Source:
+    if files:
+        kit = archives.read_devkit(files["devkit"])
+        return open_parquet(args.parquet, kit.classes, archives.expected(kit, verified=not args.skip_md5))
+    classes = args.classes.read_text(encoding="utf-8").split()
+    archives.check_classes(classes, str(args.classes))
+    return open_parquet(args.parquet, classes, {})
+
+
+def _verify(out: Path, num_workers: int) -> int:
+    """Prints what differs; the exit status."""
+    report = Report()
+    differing = manifest.audit(out, num_workers, report)
+    for what, paths in differing.items():
+        for path in paths[: manifest.NUM_NAMED]:
+            report.say(f"{what}: {printable(path)}")
+        if len(paths) > manifest.NUM_NAMED:
+            report.say(f"{what}: ... {len(paths) - manifest.NUM_NAMED:,} more")
+    said = ", ".join(f"{len(paths):,} {what}" for what, paths in differing.items())
+    report.say(f"{out}: {said}" if any(differing.values()) else f"{out}: every file is as it was prepared")
+    return int(any(differing.values()))
+
+
+def _fail(text: str) -> NoReturn:
+    print(f"prepare_imagenet.py: error: {text}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

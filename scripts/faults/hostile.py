@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from scripts.faults import hostile_files as files
-from scripts.prepare_imagenet import _unpack_train, _unpack_val
+from scripts.prepare.archives import train_parts, val_parts
+from scripts.prepare.images import Part
+from scripts.prepare.work import do_part
 from vip import checkpoint, config
 from vip.config import EvalConfig, RunConfig
 from vip.models.build import ModelConfig, build_model
@@ -84,16 +86,22 @@ def _train_archive(add: files.Members, nested: bool = False) -> Attempt:
     """Offered to prepare_imagenet.py as the training archive, or as the archive of a class inside it."""
 
     def try_it(work: Path, canary: Path) -> None:
-        _unpack_train(files.tar(work / "train.tar", add, canary, nested), work / "out" / "train")
+        _prepare(train_parts(files.tar(work / "train.tar", add, canary, nested), {"n01440764": 1}), work)
 
     return try_it
 
 
 def _val_archive(add: files.Members) -> Attempt:
     def try_it(work: Path, canary: Path) -> None:
-        _unpack_val(files.tar(work / "val.tar", add, canary), ["n01440764"] * 3, work / "out" / "val")
+        _prepare(val_parts(files.tar(work / "val.tar", add, canary), ["n01440764"] * 3), work)
 
     return try_it
+
+
+def _prepare(parts: Sequence[Part], work: Path) -> None:
+    (work / "out" / "parts").mkdir(parents=True)
+    for part in parts:
+        do_part(part, work / "out", writes=True)
 
 
 def _command(*arguments: str, experiment: str = "", name: str = "train") -> Attempt:
