@@ -55,9 +55,7 @@ def locked(folder: Path, warn: Callable[[str], object]) -> Iterator[None]:
 
 def check_space(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, has_ema: bool) -> None:
     """Raises ConfigError where two checkpoints will not fit: a new one is complete before an old one goes."""
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    moments = 2 if "betas" in optimizer.defaults else 1
-    size = weights * (1 + moments + has_ema)
+    size = checkpoint_size(model, optimizer, has_ema)
     there = len(list(folder.glob("checkpoints/step_*.safetensors")))
     needed, free = size * max(1, 2 - there), shutil.disk_usage(folder).free
     if free < needed:
@@ -65,6 +63,13 @@ def check_space(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
             f"{folder}: {size_in_words(free)} are free, {size_in_words(needed)} are needed (a checkpoint takes "
             f"{size_in_words(size)}); free some space or choose another runs_dir=..."
         )
+
+
+def checkpoint_size(model: nn.Module, optimizer: torch.optim.Optimizer, has_ema: bool) -> int:
+    """Bytes of a checkpoint, about: weights, the optimizer's moments and the averages."""
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    moments = 2 if "betas" in optimizer.defaults else 1
+    return weights * (1 + moments + has_ema)
 
 
 def _holder(lock: str) -> str:
