@@ -3,7 +3,6 @@
 PYTHON ?= python3
 VENV := .venv
 LATEST := .venv-latest
-TORCHRUN = OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node=2
 PYTEST = -m pytest -n 2 --dist loadgroup
 
 .PHONY: help setup demo test test-latest lint lock clean
@@ -14,11 +13,11 @@ setup: $(VENV)/installed  ## create .venv and install the pinned set
 
 demo: setup  ## train a Vision Permutator on real digits with two processes, evaluate it, say what comes next
 	$(VENV)/bin/python scripts/prepare_digits.py
-	$(TORCHRUN) train.py experiment=digits
+	NPROC=2 scripts/launch.sh train.py experiment=digits
 	$(VENV)/bin/python eval.py checkpoint=runs/digits
 	@$(VENV)/bin/python -c 'import json; print("top-1 %.2f %%, run folder runs/digits" % json.load(open("runs/digits/eval.json"))["top1"])'
-	@echo "interrupted or not, the same command goes on: torchrun --nproc-per-node=2 train.py experiment=digits"
-	@echo "next, with ImageNet on disk: . $(VENV)/bin/activate; torchrun --nproc-per-node=8 train.py model=vip_m7 data.root=/path/to/imagenet"
+	@echo "interrupted or not, the same command goes on: NPROC=2 scripts/launch.sh train.py experiment=digits"
+	@echo "next, with ImageNet on disk: scripts/launch.sh train.py model=vip_m7 data.root=/path/to/imagenet"
 
 test: setup  ## the whole suite
 	$(VENV)/bin/python $(PYTEST)

@@ -29,18 +29,19 @@ def fit(run: RunConfig, stop: StopRequest) -> bool:
     with connect() as world, run_folder.held(run, world) as console:
         plan = make_plan(run.batch_size, run.micro_batch, world.size, len(train_set), run.total_epochs, run.max_steps)
         found = run_folder.find_start(run, world, console)
-        weights = run.weights if found is None else None
-        parts = build(run, plan, world, train_set, val_set, weights, console.print)
+        is_fresh = found is None
+        parts = build(run, plan, world, train_set, val_set, run.weights if is_fresh else None, console.print)
         trainer = Trainer(run, plan, world, parts, stop, console.print)
         if found is not None:
             run_folder.check_same_run(found, parts.fingerprint, console)
             trainer.resume(found)
+        del found  # as large as the network, its moments and averages
         if trainer.finished:
             console.print(f"{run.folder} is complete: step {trainer.progress.step}, nothing left to train")
             return True
         run_folder.announce(run, plan, trainer, (len(train_set), len(val_set)), console)
         check_space(run.folder, parts.model, parts.optimizer, trainer.ema is not None)
-        if found is None:
+        if is_fresh:
             check_validation(val_set, run.data.workers, world.rank, world.size)
         with run_folder.tracked(run, plan, trainer, console):
             trainer.fit()

@@ -8,12 +8,10 @@ reports a dead worker by raising in the midst of whatever the training process i
 """
 
 import contextlib
-import ctypes
 import logging
 import mmap
 import os
 import signal
-import sys
 import time
 import traceback
 import weakref
@@ -25,11 +23,12 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import torch
 
+from data.parent import die_with_parent
+
 WORKER_TIMEOUT_S = 120.0
 MAX_RESTARTS = 10
 AHEAD = 2  # tasks that a worker has at a time: one in work, one done or next
 CLOSE_S = 5.0  # patience with workers that not even SIGKILL ends: those that wait for a disk
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STATES = {"D": "waits for a disk or network file system", "T": "stopped", "t": "held by a debugger", "S": "sleeps",
           "R": "runs"}  # fmt: skip
 
@@ -221,10 +220,7 @@ def _leave_signals_to(parent: int) -> None:
     need more batches to reach a step's end. It ends its workers with SIGKILL; when it dies, they die."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before this call
-            os._exit(0)
+    die_with_parent(parent)
 
 
 def _end_all(workers: list[_Worker], parent: int) -> None:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; the documented launch commands set it too
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; scripts/launch.sh sets it too
+
+from scripts.faults.launch import Launch
 
 ROOT = Path(__file__).resolve().parents[1]
 HANGS = 130  # seconds after which a launch of two or three processes hangs
@@ -38,19 +40,27 @@ def environment() -> dict[str, str]:
 def run(tmp_path: Path) -> Run:
     """Runs a script of the project in an empty folder and returns what it printed; fails on another exit status.
 
-    With `processes` it is torchrun. Without, it is the same as `python script`, but forked from a server process that has
-    imported the libraries already: imports cost more than most of these runs.
+    It is the same as `python script`, or as torchrun's ranks where there are `processes` (both streams are one then), but
+    forked from a server process that has imported the libraries already: imports cost more than most of these runs.
     """
 
     def run(script: str, *arguments: str, processes: int = 0, status: int = 0) -> subprocess.CompletedProcess[str]:
-        if processes:
-            done = run_launch(command(script, *arguments, processes=processes), tmp_path)
-        else:
-            done = _run_forked(script, arguments, tmp_path)
+        done = (
+            run_ranks(script, arguments, processes, tmp_path) if processes else _run_forked(script, arguments, tmp_path)
+        )
         assert done.returncode == status, done.stdout + done.stderr
         return done
 
     return run
+
+
+def run_ranks(script: str, arguments: tuple[str, ...], processes: int, cwd: Path) -> subprocess.CompletedProcess[str]:
+    with Launch(arguments, cwd, processes, ROOT / script) as launch:
+        status = max(launch.wait(), key=abs)
+    log = cwd / "launch.txt"
+    said = log.read_text()
+    log.unlink()
+    return subprocess.CompletedProcess([script, *arguments], status, said, said)
 
 
 def run_launch(launch: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -113,7 +123,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
-    """The folder of a short run on the digits with averaged weights, by torchrun on two processes; tests only read it."""
+    """The folder of a short run on the digits with averaged weights, on two processes; tests only read it."""
     cwd = tmp_path_factory.mktemp("trained")
     arguments = (
         "experiment=digits",
@@ -123,7 +133,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
         "ema_decay=0.9",
         "name=short",
     )
-    done = run_launch(command("train.py", *arguments, processes=2), cwd)
+    done = run_ranks("train.py", arguments, 2, cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     (cwd / "stdout.txt").write_text(done.stdout)
     return cwd / "runs" / "short"

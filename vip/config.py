@@ -245,15 +245,28 @@ class one_line_errors:  # noqa: N801 - a context manager, used like a function
         if not isinstance(error, ValueError | OSError):
             return
         rank = os.environ.get("RANK", "0")
-        if rank != "0" and isinstance(error, ConfigError):
-            time.sleep(30)  # rank 0 says the same; leaving before it would have torchrun end it unheard
-        else:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
-                traceback.print_exception(error)
-            where = "" if rank == "0" else f"[rank {rank}] "
-            said = f"{where}{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}"
-            print(said, file=sys.stderr, flush=True)
+        # scripts/launch.sh looks there: an error of the user's, unlike a lost peer, is no reason to start the ranks again.
+        notes = os.environ.get("LAUNCH_NOTES")
+        refused = Path(notes) / "refused" if notes else None
+        if rank != "0" and isinstance(error, ValueError | ConnectionError) and _rank_0_speaks(refused, error):
+            raise SystemExit(0) from None
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exception(error)
+        where = "" if rank == "0" else f"[rank {rank}] "
+        said = f"{where}{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}"
+        print(said, file=sys.stderr, flush=True)
+        if refused is not None and isinstance(error, ValueError):
+            refused.touch()
+            raise SystemExit(0) from None
         raise SystemExit(2) from None
+
+
+def _rank_0_speaks(refused: Path | None, error: Exception) -> bool:
+    """Whether rank 0 says the same. It does so at once, and is heard; alone, torchrun ends this process meanwhile."""
+    deadline = time.monotonic() + (15 if isinstance(error, ValueError) else 0)
+    while not (seen := refused is not None and refused.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return seen
 
 
 def departures(config: RunConfig) -> list[str]:

@@ -5,9 +5,7 @@ without a group, and every operation below is the identity, so that the trainer 
 """
 
 import contextlib
-import ctypes
 import os
-import signal
 import socket
 import sys
 import threading
@@ -21,11 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from data.parent import die_with_parent
+
 START_TIMEOUT = timedelta(seconds=300)  # until every rank has made its first step, compilation and all
 STEP_TIMEOUT = timedelta(seconds=100)
 NCCL_PATIENCE = timedelta(seconds=30)  # beyond the hosts' timeout, which can name the rank
 ROLL_CALL_S = (1.0, 3.0)  # how long the others are asked for a sign of life, if one seems dead or seems to hang
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 
@@ -173,7 +172,7 @@ def connect() -> Iterator[World]:
     if "WORLD_SIZE" not in os.environ:
         yield World(0, 1, place)
         return
-    _die_with_launcher()
+    die_with_parent()  # torchrun, killed by force, leaves ranks that would train on unseen
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     on_gpu = place.type == "cuda"
     try:
@@ -206,9 +205,3 @@ def _without_stdout() -> Iterator[None]:
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nowhere)
-
-
-def _die_with_launcher() -> None:
-    """Have Linux end this process when torchrun is gone: killed by force, it leaves ranks that would train on unseen."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

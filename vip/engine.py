@@ -23,7 +23,7 @@ from data.randomness import stream_key
 from vip import checkpoint
 from vip.bad_images import BadImages
 from vip.config import ConfigError, RunConfig, redacted
-from vip.distributed import World
+from vip.distributed import Vote, World
 from vip.evaluate import Evaluation
 from vip.guard import BadStep, Guard
 from vip.metrics import DeviceSums
@@ -153,10 +153,9 @@ class Trainer:
         logged, started = progress.step, time.perf_counter()
         while progress.step < plan.total_steps:
             self.watch.step()
-            vote = self.world.ask(self.stop())
-            self.train_step(batches, progress.step, sums)
+            stop_vote = self.train_step(batches, progress.step, sums)
             progress.step += 1
-            stopping = vote.result()
+            stopping = stop_vote.result()
             if stopping or progress.step == plan.total_steps or progress.step % self.config.log_every == 0:
                 self._log_training(sums, progress.step - logged, started)
                 logged, started = progress.step, time.perf_counter()
@@ -184,8 +183,11 @@ class Trainer:
         step, period = self.progress.step, self.config.eval_every * self.plan.steps_per_epoch
         return self.progress.validated_step < step and (step >= self.plan.total_steps or step % period == 0)
 
-    def train_step(self, batches: Iterator[Batch], step: int, sums: DeviceSums) -> None:
-        """One optimizer step on the next `accumulation` micro-batches; adds loss, gradient norm and waits to `sums`."""
+    def train_step(self, batches: Iterator[Batch], step: int, sums: DeviceSums) -> Vote:
+        """One optimizer step on the next `accumulation` micro-batches; adds loss, gradient norm and waits to `sums`.
+
+        Returns the ranks' vote on stopping after it, which was taken late: a signal in mid-step is heeded at its end.
+        """
         parts, scaler, accumulation = self.parts, self.parts.precision.scaler, self.plan.accumulation
         seed_step(self.config.seed, step, self.world)
         set_lr(parts.optimizer, self.lr_at(step))
@@ -212,6 +214,7 @@ class Trainer:
                 scaler.scale(loss * (1 + 0 * loss.detach()) / accumulation).backward()
         norm = self._clip()
         self._heed_outcome()
+        stop_vote = self.world.ask(self.stop())
         finite = self.guard.update(step, seen, step_loss, norm)
         sums.add(
             loss=torch.where(finite, step_loss, 0.0), grad_norm=torch.where(finite, norm, 0.0), finite_steps=finite
@@ -220,6 +223,7 @@ class Trainer:
         parts.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(parts.model, step=step)
+        return stop_vote
 
     def _heed_outcome(self) -> None:
         """Learn whether the step before was left out, write it down if it is worth a look, and give up after too many."""

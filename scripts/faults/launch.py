@@ -8,7 +8,6 @@ Ranks get the environment that torchrun would give them. All of them are killed 
 process that launched them, however that ends.
 """
 
-import ctypes
 import multiprocessing
 import os
 import runpy
@@ -17,15 +16,15 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+from data.parent import die_with_parent
+
 ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = ["timm", "torchvision", "hydra", "wandb", "sklearn.datasets", "vip.config", "data.loader"]
 HANGS_S = 120.0  # what takes longer is taken to hang
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 HIDDEN = ("IMAGENET_DIR", "WANDB_API_KEY", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 Numbers = Mapping[str, float | str]
@@ -126,13 +125,6 @@ def environment() -> dict[str, str]:
     return shown | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", "PYTHONFAULTHANDLER": "1"}
 
 
-def die_with_parent() -> None:
-    """Have Linux kill this process when the one that started it is gone, however that ended."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-@cache
 def _server() -> ForkServerContext:
     """One server for all launches of this process, once it has imported everything; it ends when this process does."""
     os.environ["OMP_NUM_THREADS"] = "1"  # it must be there before the server imports torch

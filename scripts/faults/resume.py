@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from data.digits import prepare_digits
-from scripts.faults.launch import ROOT, Launch, Numbers, die_with_parent, environment
+from data.parent import die_with_parent
+from scripts.faults.launch import ROOT, Launch, Numbers, environment
 from vip import checkpoint
 from vip.checkpoint import STEP_FILE
 from vip.tracking.jsonl import read_lines

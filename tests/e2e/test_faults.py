@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from scripts.faults.launch import Launch
-from tests.conftest import Run, command, environment, run_launch
+from tests.conftest import ROOT, Run, command, environment, run_launch
 from vip import checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("faults")]
@@ -225,13 +227,18 @@ def test_a_clock_that_jumps_changes_nothing(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_sigusr1_to_torchrun_reaches_every_rank(tmp_path: Path, digits: Path) -> None:
+def launched(*arguments: str, cwd: Path, processes: int = 2) -> subprocess.Popen[str]:
+    """By the launch script, from elsewhere."""
+    return subprocess.Popen(
+        [str(ROOT / "scripts/launch.sh"), "train.py", *arguments], cwd=cwd, text=True,
+        env=environment() | {"NPROC": str(processes), "PYTHON": sys.executable},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def test_sigusr1_to_the_launcher_reaches_every_rank(tmp_path: Path, digits: Path) -> None:
     """torchrun itself dies of it unless told to handle it, and would leave the ranks behind."""
-    launcher = command("train.py", *SHORT, f"data.root={digits}", "epochs=99", processes=2)
-    launcher.insert(3, "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2")
-    started = subprocess.Popen(
-        launcher, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    started = launched(*SHORT, f"data.root={digits}", "epochs=99", cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not (tmp_path / "runs/run/metrics.jsonl").exists() or not metrics(tmp_path):
         assert started.poll() is None, started.communicate()[0]
@@ -242,3 +249,10 @@ def test_sigusr1_to_torchrun_reaches_every_rank(tmp_path: Path, digits: Path) ->
     stopped_at = int((tmp_path / "runs/run/PREEMPTED").read_text())
     assert f"saved at step {stopped_at}; the same command goes on" in said
     assert metrics(tmp_path)[-1]["step"] == stopped_at
+
+
+def test_what_the_user_can_mend_is_said_once_and_not_started_again(tmp_path: Path) -> None:
+    started = launched("experiment=digits", "data.root=nowhere", "data=folder", cwd=tmp_path)
+    said = started.communicate(timeout=120)[0]
+    assert started.returncode == 2
+    assert re.fullmatch(r"train.py: error: nowhere/train not found: .*\n", said), said

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from scripts.faults.launch import Launch
-from tests.conftest import Run, command, environment, run_launch
+from tests.conftest import Run, command, environment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("resume")]
 
@@ -36,8 +36,8 @@ def untouched(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Callabl
         if processes not in folders:
             cwd = tmp_path_factory.mktemp("untouched")
             arguments = (*FULL, f"data.root={digits}", "name=run", "data.workers=1")
-            done = run_launch(command("train.py", *arguments, processes=processes), cwd)
-            assert done.returncode == 0, done.stdout + done.stderr
+            undisturbed = Launch(arguments, cwd, processes or 1)
+            assert not any(undisturbed.wait()), undisturbed.output
             folders[processes] = cwd / "runs/run"
         return folders[processes]
 

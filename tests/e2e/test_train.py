@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import Run
+from tests.conftest import Run, command, run_launch
 from vip import checkpoint
 
 pytestmark = pytest.mark.e2e
@@ -104,8 +104,9 @@ def test_timm_networks_train_through_the_same_trainer(
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3]
 
 
-def test_under_torchrun_rank_0_alone_names_a_wrong_key(run: Run, tmp_path: Path) -> None:
-    refused = run("train.py", "epoch=3", processes=2, status=1)  # torchrun's own status
+def test_under_torchrun_rank_0_alone_names_a_wrong_key(tmp_path: Path) -> None:
+    refused = run_launch(command("train.py", "epoch=3", processes=2), tmp_path)
+    assert refused.returncode == 1, "torchrun's own status"
     assert refused.stderr.count("error: epoch=3") == 1
     assert "\ntrain.py: error: epoch=3: no such key; nearest: epochs\n" in f"\n{refused.stderr}"
     assert list(tmp_path.iterdir()) == []
