@@ -23,6 +23,7 @@ from vip.config import ConfigError, RunConfig, one_line_errors
 from vip.tracking.jsonl import read_lines
 
 GROUPS = ("model", "ema", "optimizer")
+FORMATS = {"parameters": "{:,}", "best_top1": "{:.2f}"}
 
 
 def main() -> None:
@@ -94,10 +95,8 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
         elif name == "departures":
             shown.add_row("departures from the published recipe", "\n".join(value) or "none")
         elif name != "file":
-            shown.add_row(
-                name.replace("_", " "),
-                "unknown" if value is None else f"{value:,}" if name == "parameters" else str(value),
-            )
+            text = "unknown" if value is None else FORMATS.get(name, "{}").format(value)
+            shown.add_row(name.replace("_", " "), text)
     Console(soft_wrap=True, highlight=False, markup=False).print(shown)
 
 

@@ -111,7 +111,11 @@ def main() -> None:
         facts = json.loads(file.read_text())
         scale = facts["loss_scale"]
         for micro, (loss, bad, layer) in enumerate(replay.passes(facts)):
-            names = ", ".join(bad[:SHOWN]) + (f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")
+            names = (
+                "all: " * (len(bad) == len(facts["batches"][micro]["indices"]))
+                + ", ".join(bad[:SHOWN])
+                + (f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")
+            )
             table.add_row(
                 str(facts["rank"]), str(micro), f"{loss:.4g}", facts["loss"], names or "none", layer or "none"
             )

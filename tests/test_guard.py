@@ -150,7 +150,7 @@ def scaled(run: RunConfig) -> Trainer:
     """With torch's real loss scaling, which fp16 brings along on a GPU."""
     trainer, _ = trainer_of(run, network())
     trainer.parts.precision = copy.copy(trainer.parts.precision)
-    trainer.parts.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    trainer.parts.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
     trainer.guard = Guard(trainer.parts.model, trainer.parts.optimizer, trainer.parts.precision.scaler)
     return trainer
 
@@ -160,8 +160,24 @@ def test_an_overflow_of_scaled_gradients_is_no_event(tmp_path: Path) -> None:
     trainer = scaled(run)
     scale_with(trainer, lambda scale: 1e36 if scale > 2**8 else 1.0)
     trainer.fit()
-    assert trainer.parts.precision.scaler.get_scale() == 2**8
+    assert trainer.parts.precision.scaler.get_scale() <= 2**9
     assert not list(run.folder.glob("nan_step_*"))
+
+
+@pytest.mark.parametrize("at", [1, 4, 7])
+def test_the_loss_scale_goes_on_exactly(tmp_path: Path, at: int) -> None:
+    ends = []
+    for name in ("untouched", "resumed"):
+        run = settings("save_every=1", "keep=99", runs_dir=tmp_path / name)
+        trainer = scaled(run)
+        scale_with(trainer, lambda scale: 1e36 if scale > 2**8 else 1.0)
+        if name == "resumed":
+            trainer.resume(checkpoint.read(tmp_path / f"untouched/digits/checkpoints/step_{at:010d}.safetensors"))
+        trainer.fit()
+        ends.append(checkpoint.read(run.folder / "checkpoints/step_0000000012.safetensors").state)
+    assert ends[0]["scaler"] == ends[1]["scaler"]
+    assert ends[0]["scaler"]["scale"] < 2**10
+    assert all(torch.equal(a, b) for a, b in zip(*map(tensors_of, ends), strict=True))
 
 
 def test_an_overflow_without_end_stops_with_the_cause(tmp_path: Path) -> None:
