@@ -190,8 +190,25 @@ def test_one_that_cannot_be_read_is_no_reason_to_go_back(small: Path) -> None:
 
 def test_nothing_to_find(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path / "nowhere", print) is None
-    (tmp_path / "step_0000000001.safetensors").touch()
-    assert checkpoint.newest(tmp_path, lambda _: None) is None
+    assert checkpoint.newest(tmp_path, print) is None
+
+
+def test_where_nothing_whole_is_left_the_run_does_not_begin_anew_unasked(small: Path) -> None:
+    for path in small.parent.iterdir():
+        path.write_bytes(b"")
+    for said in (2, 0):  # the second time nothing is left to be renamed
+        warned: list[str] = []
+        with pytest.raises(CheckpointError, match="no whole checkpoint is left; delete that folder to begin anew"):
+            checkpoint.newest(small.parent, warned.append)
+        assert len(warned) == said
+
+
+def test_the_best_one_is_used_where_no_other_is_whole(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        path = save(tmp_path, {"step": step}, keep=2, is_best=step == 1)
+    for path in tmp_path.glob("step_*"):
+        path.write_bytes(b"")
+    assert checkpoint.newest(tmp_path, lambda _: None).step == 1  # type: ignore[union-attr]
 
 
 def test_keep_and_best(tmp_path: Path) -> None:

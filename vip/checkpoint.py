@@ -172,12 +172,14 @@ def read(path: Path) -> Checkpoint:
 
 
 def newest(folder: Path, warn: Callable[[str], object]) -> Checkpoint | None:
-    """The newest whole checkpoint in `folder`, or None.
+    """The newest whole checkpoint in `folder`, the best one if no other is; None where there never was one.
 
-    Damaged ones before it are renamed to `*.damaged`, out of the way, and `warn` hears of each. One that cannot be read
-    for another reason (rights, a disk's error) raises CheckpointError: going on from an older one would lose steps unasked.
+    Damaged ones before it are renamed to `*.damaged`, out of the way, and `warn` hears of each. Raises CheckpointError where
+    nothing whole is left, and where one cannot be read for another reason (rights, a disk's error): to begin anew, or from
+    an older one, would lose steps unasked.
     """
-    for path in sorted(folder.glob(STEP_FILE.format(0).replace("0" * 10, "[0-9]" * 10)), reverse=True):
+    steps = sorted(folder.glob(STEP_FILE.format(0).replace("0" * 10, "[0-9]" * 10)), reverse=True)
+    for path in (*steps, *folder.glob("best.safetensors")):
         try:
             return read(path)
         except DamagedError as error:
@@ -187,6 +189,10 @@ def newest(folder: Path, warn: Callable[[str], object]) -> Checkpoint | None:
             warn(
                 f"warning: {str(error).removesuffix('; delete it')}; renamed to {quarantine.name}, the one before it is used"
             )
+    if any(folder.glob("*.damaged")):
+        raise CheckpointError(
+            f"{folder}: no whole checkpoint is left; delete that folder to begin anew, or choose another name=..."
+        )
     return None
 
 
