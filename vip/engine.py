@@ -80,8 +80,7 @@ class RollBack(Exception):  # noqa: N818 - no error, a way out of the loop
 class Trainer:
     """Trains `parts.model` as `config` and `plan` say: `resume()`, then `fit()`.
 
-    On every rank `stop` is asked once a step, and `watch` learns of steps and of pauses between them; `warn` is what may
-    be said on the console.
+    On every rank `stop` is asked once a step; `warn` says on the console what went wrong and was survived.
     """
 
     def __init__(

@@ -8,12 +8,13 @@ import torch
 
 from data.sources import NUM_CLASSES, open_sources
 from scripts.checks.row import Row, Setup
+from scripts.prepare.images import IMAGENET
 from vip.models.build import build_model, input_spec
 from vip.optim import APEX, build_optimizer
 from vip.plan import make_plan
 from vip.precision import Precision
 
-IMAGENET_COUNTS = (1_281_167, 50_000)  # training and validation images
+IMAGENET_COUNTS = (IMAGENET["train"], IMAGENET["val"])
 AMPERE = (8, 0)
 
 
