@@ -9,7 +9,7 @@ PYTEST = -m pytest -n 2 --dist loadgroup
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: $(VENV)/installed  ## create .venv and install the pinned set
+setup: $(VENV)/built  ## create .venv, install the pinned set, compile the native core where that is possible
 
 demo: setup  ## train a Vision Permutator on real digits with two processes, evaluate it, say what comes next
 	$(VENV)/bin/python scripts/prepare_digits.py
@@ -45,8 +45,14 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	@awk '/^uv==/{on=1} on{print} on&&!/\\$$/{exit}' requirements.lock > $(VENV)/uv.lock
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r $(VENV)/uv.lock
 	$(VENV)/bin/uv pip sync -q --python $(VENV)/bin/python --require-hashes requirements.lock
-	$(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --no-deps --no-build-isolation --offline -e .
 	@touch $@
+
+# The project itself and its native core, without which torch decodes; tried again by every make until it is there.
+$(VENV)/built: $(VENV)/installed setup.py $(wildcard data/native/*.[ch])
+	@rm -f data/native/_core.*
+	$(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --no-deps --no-build-isolation --offline --reinstall -e .
+	@$(VENV)/bin/python -c 'import sys; from data import native; why = native.reason(); \
+	  sys.exit(why and f"make: {why}; until then torch decodes the images, more slowly" or 0)' && touch $@ || true
 
 $(LATEST)/installed: pyproject.toml $(VENV)/installed
 	$(PYTHON) -m venv $(LATEST)

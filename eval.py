@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from data import decoders
 from data.augment import EvalTransform
 from data.config import DataConfig
 from data.finish import Normalize
@@ -43,6 +44,7 @@ def evaluate_checkpoint(run: EvalConfig) -> None:
         batches = eval_loader(
             images,
             EvalTransform(spec.size, spec.crop_pct, spec.interpolation),
+            decoder=decoders.choose(data_config.decoder),
             batch_size=run.batch_size,
             rank=world.rank,
             world=world.size,

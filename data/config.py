@@ -21,19 +21,49 @@ class DataConfig:
     """Which images, how many processes read them, and how much may be wrong with them."""
 
     kind: Annotated[
-        Literal["imagenet", "folder", "digits", "synthetic"],
+        Literal["imagenet", "folder", "arrow", "digits", "synthetic"],
         Field(
-            description="imagenet: 1,000 class folders under train/ and val/; folder: any such tree; "
-            "digits: scikit-learn's scanned digits, written on first use; synthetic: generated, for benchmarks"
+            description="imagenet: 1,000 class folders under train/ and val/, or packs of them; folder: any such tree or pack; "
+            "arrow: a dataset of the `datasets` library, or its Parquet files; digits: scikit-learn's scanned digits, written on "
+            "first use; synthetic: generated, for benchmarks"
         ),
     ] = "imagenet"
     root: Annotated[
         str | None,
-        Field(description="holds train/ and val/; null: $IMAGENET_DIR for imagenet, datasets/digits for digits"),
+        Field(
+            description="holds train/ and val/; or the URL of a pack (s3://, gs://, https://), which is copied to data.cache; "
+            "null: $IMAGENET_DIR for imagenet, datasets/digits for digits"
+        ),
     ] = None
+    cache: Annotated[
+        str | None,
+        Field(
+            description="folder on the node's own disk to which the pack at data.root is copied first, once per node; null: "
+            "~/.cache/vision-permutator/packs for a URL, else no copy"
+        ),
+    ] = None
+    shuffle: Annotated[
+        Literal["full", "blocks"],
+        Field(
+            description="full: every order of the images is as likely; blocks: a pack is read in large pieces, for network file "
+            "systems, and images are mixed within 4,096 of them"
+        ),
+    ] = "full"
+    block: Annotated[int, Field(ge=1, description="images in each piece for shuffle=blocks")] = 16
     workers: Annotated[
-        int, Field(ge=0, description="loader processes of each rank; 0 loads in the training process, same samples")
+        int,
+        Field(
+            ge=0,
+            description="loader threads (decoder native) or processes of each rank; 0: none of either, same samples",
+        ),
     ] = 8
+    decoder: Annotated[
+        Literal["auto", "native", "torch"],
+        Field(
+            description="native: the project's C library, in threads; torch: torchvision's and torch's, in processes, with the "
+            "same samples and other last bits; auto: native where it was built"
+        ),
+    ] = "auto"
     num_classes: Annotated[
         int | None,
         Field(

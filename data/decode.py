@@ -8,6 +8,7 @@ run that went on without it could not be repeated. Animated files give their fir
 import io
 import os
 import stat
+import struct
 import time
 import warnings
 from errno import EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM
@@ -66,7 +67,7 @@ def open_rgb(path: str | bytes | os.PathLike[str], exif: bool = False) -> Image.
         ImageReadError: missing or unreadable, after a few attempts where waiting may help.
     """
     name = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return decode_rgb(_read(path, name), name, exif)
+    return decode_rgb(read_file(path, name), name, exif)
 
 
 def decode_rgb(data: bytes, name: str, exif: bool = False) -> Image.Image:
@@ -85,6 +86,26 @@ def decode_rgb(data: bytes, name: str, exif: bool = False) -> Image.Image:
         raise BadImageError(name, _reason(error, len(data))) from error
 
 
+def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of an 8-bit gray or three-colour JPEG that has an end; None for whatever only Pillow should judge."""
+    if data[:2] != b"\xff\xd8" or data[-2:] != b"\xff\xd9":
+        return None
+    start = 2
+    while start + 10 <= len(data) and data[start] == 0xFF:
+        marker, length = data[start + 1], int.from_bytes(data[start + 2 : start + 4])
+        if marker in (0xC0, 0xC1, 0xC2):  # the frame: baseline, extended, progressive
+            precision, height, width, num_colours = struct.unpack(">BHHB", data[start + 4 : start + 10])
+            fits = 0 < height * width <= MAX_PIXELS
+            return (height, width) if precision == 8 and num_colours in (1, 3) and fits else None
+        if marker == 0xFF:  # fill byte
+            start += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return None
+        else:
+            start += 2 + length
+    return None
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB: 16-bit values are scaled rather than clipped, transparency is laid over white."""
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -99,7 +120,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _read(path: str | bytes | os.PathLike[str], name: str) -> bytes:
+def read_file(path: str | bytes | os.PathLike[str], name: str) -> bytes:
     """All bytes of a regular file."""
     for wait in (*RETRY_WAITS_S, None):
         try:

@@ -1,112 +1,146 @@
-"""Loaders: batches in the order that data.order dictates, made by worker processes or by the caller's own.
+"""Loaders: batches in the order that data.order dictates, made by threads, by worker processes or by the caller's own.
 
-A worker is told no more than a batch's number, so how many there are and how far they run ahead changes nothing. One
-iterator serves the whole rest of a run: loading ahead goes on across epochs, and processes start once (`data.workers`).
+Who makes a batch is told no more than its number, so how many there are and how far they run ahead changes nothing. One
+iterator serves the whole rest of a run: loading ahead goes on across epochs, and threads or processes start once. The decoder
+says which (`data.threads`, `data.workers`).
 """
 
 import math
 import mmap
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
-from data.augment import EvalTransform, Pixels, TrainTransform
+from data.augment import EvalTransform, TrainTransform, Transform
 from data.batch import Batch
-from data.decode import BadImageError
+from data.buffers import Buffers
+from data.decoders import Decoder
 from data.order import BatchPlan, EpochOrder, steps_per_epoch
-from data.randomness import preserved_generators, sample_key, stream_key
+from data.pack import PackSource
+from data.randomness import sample_key, stream_key
+from data.readahead import ReadAhead
 from data.sources import Source
+from data.threads import Threads
 from data.workers import Workers
 
 EVAL_SLICE = 32
 MAX_REPLACEMENTS = 10
+PIECE = 32  # images that are loaded together: what a thread takes at a time
 
 
 class Request(NamedTuple):
-    """What a worker is asked for: images by index, and under repeated augmentation which copy of each."""
+    """What is asked for: images by index, and under repeated augmentation which copy of each."""
 
     epoch: int
     indices: np.ndarray
     copies: np.ndarray
 
+    def part(self, rows: slice) -> "Request":
+        return Request(self.epoch, self.indices[rows], self.copies[rows])
 
-class TrainBatches:
-    """Augmented batches by request: `batches[Request(epoch, indices, copies)]`, a pure function of the request.
+
+class Facts(NamedTuple):
+    """What goes with the pixels of a batch; the fields are those of `Batch`, as numpy arrays."""
+
+    labels: np.ndarray
+    indices: np.ndarray
+    erase: np.ndarray
+    keys: np.ndarray
+    bad: np.ndarray
+
+
+class _Batches:
+    """What training and evaluation share: images of `source` as `transform` plans them and `decoder` makes them."""
+
+    def __init__(self, source: Source, transform: Transform, decoder: Decoder) -> None:
+        self.source = source
+        self.transform = transform
+        self.decoder = decoder
+
+    def fill(self, request: Any, out: np.ndarray) -> Facts:
+        """Pixels into `out`, uint8 (B, H, W, 3); raises BadImageError."""
+        raise NotImplementedError
+
+    def load(self, request: Any) -> Batch:
+        """One batch in memory of its own."""
+        pixels = np.empty((_num_images(request), *self.transform.size, 3), np.uint8)
+        return to_batch(pixels, self.fill(request, pixels))
+
+
+class TrainBatches(_Batches):
+    """Augmented images by request: a pure function of the request.
 
     An image that cannot be decoded is replaced by another of the training set, which follows from the coordinates of the
-    sample, and listed in `Batch.bad`.
+    sample, and listed in `Facts.bad`; after MAX_REPLACEMENTS of them in a row `fill` raises BadImageError.
     """
 
-    def __init__(self, source: Source, transform: TrainTransform, seed: int) -> None:
-        self.source = source
-        self.transform = transform
+    def __init__(self, source: Source, transform: TrainTransform, seed: int, decoder: Decoder) -> None:
+        super().__init__(source, transform, decoder)
         self.seed = seed
 
-    def __getitem__(self, request: Request) -> Batch:
-        samples, indices, keys, bad = [], [], [], []
-        with preserved_generators():
-            for index, copy in zip(request.indices.tolist(), request.copies.tolist(), strict=True):
-                image, index, undecodable = self._decode(request.epoch, index, copy)
-                keys.append(sample_key(self.seed, request.epoch, index, copy))
-                samples.append(self.transform(image, keys[-1]))
-                indices.append(index)
-                bad += undecodable
-        return _collate(self.source, samples, np.array(indices), keys, bad)
-
-    def again(self, indices: list[int], keys: list[int]) -> Batch:
-        """A batch that was made before, from the indices and keys that it carried."""
-        with preserved_generators():
-            samples = [self.transform(self.source.load(index), key) for index, key in zip(indices, keys, strict=True)]
-        return _collate(self.source, samples, np.array(indices), keys, [])
-
-    def _decode(self, epoch: int, index: int, copy: int) -> tuple[Image.Image, int, list[int]]:
-        """The image `index` or the one that stands in for it, the index of what came, and those that were undecodable.
-
-        Raises:
-            BadImageError: MAX_REPLACEMENTS others could not be decoded either.
-        """
-        candidate = index
+    def fill(self, request: Request, out: np.ndarray) -> Facts:
+        indices = request.indices.copy()
+        keys = np.array([self._key(request, row, index) for row, index in enumerate(indices.tolist())], np.int64)
+        erase, empty = self.decoder.load(self.source, indices, keys, self.transform, out)
         bad: list[int] = []
+        for row in empty:
+            bad += self._replace(request, row, indices, keys, erase, out)
+        return Facts(self.source.labels[indices], indices, erase, keys, np.array(bad, np.int64))
+
+    def again(self, indices: np.ndarray, keys: np.ndarray) -> Batch:
+        """A batch that was made before, from the indices and keys that it carried."""
+        pixels = np.empty((len(indices), *self.transform.size, 3), np.uint8)
+        erase, _ = self.decoder.load(self.source, indices, keys, self.transform, pixels)
+        return to_batch(pixels, Facts(self.source.labels[indices], indices, erase, keys, np.empty(0, np.int64)))
+
+    def _key(self, request: Request, row: int, index: int) -> int:
+        return sample_key(self.seed, request.epoch, index, int(request.copies[row]))
+
+    def _replace(
+        self, request: Request, row: int, indices: np.ndarray, keys: np.ndarray, erase: np.ndarray, out: np.ndarray
+    ) -> list[int]:
+        """Puts another image into the row, and returns the undecodable ones that were met."""
+        bad = []
+        here = slice(row, row + 1)
+        coordinates = self.seed, request.epoch, int(request.indices[row]), int(request.copies[row])
         for attempt in range(MAX_REPLACEMENTS):
-            try:
-                return self.source.load(candidate), candidate, bad
-            except BadImageError:
-                bad.append(candidate)
-                candidate = stream_key("replacement", self.seed, epoch, index, copy, attempt) % len(self.source)
-        return self.source.load(candidate), candidate, bad
+            bad.append(int(indices[row]))
+            indices[row] = stream_key("replacement", *coordinates, attempt) % len(self.source)
+            keys[row] = self._key(request, row, int(indices[row]))
+            erase[here], empty = self.decoder.load(self.source, indices[here], keys[here], self.transform, out[here])
+            if not empty:
+                return bad
+        self.source.load(int(indices[row]))  # raises
+        raise AssertionError("decoded now, but not before")
 
 
-class EvalBatches:
-    """Batches for evaluation by request: `batches[indices]`; an image that cannot be decoded is an error."""
+class EvalBatches(_Batches):
+    """Images for evaluation by index; one that cannot be decoded is an error."""
 
-    def __init__(self, source: Source, transform: EvalTransform) -> None:
-        self.source = source
-        self.transform = transform
+    def fill(self, indices: np.ndarray, out: np.ndarray) -> Facts:
+        keys = np.zeros(len(indices), np.int64)
+        erase, empty = self.decoder.load(self.source, indices, keys, self.transform, out)
+        for row in empty:
+            self.source.load(int(indices[row]))  # raises
+        return Facts(self.source.labels[indices], indices, erase, keys, np.empty(0, np.int64))
 
-    def __getitem__(self, indices: np.ndarray) -> Batch:
-        samples = [self.transform(self.source.load(int(index))) for index in indices]
-        return _collate(self.source, samples, indices, [0] * len(indices), [])
 
-
-def _collate(source: Source, samples: list[Pixels], indices: np.ndarray, keys: list[int], bad: list[int]) -> Batch:
-    return Batch(
-        images=torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2),
-        labels=torch.from_numpy(source.labels[indices]),
-        indices=torch.from_numpy(indices),
-        erase=torch.tensor([sample.erase for sample in samples]),
-        keys=torch.tensor(keys),
-        bad=torch.tensor(bad, dtype=torch.int64),
-    )
+def to_batch(pixels: np.ndarray, facts: Facts) -> Batch:
+    """pixels: uint8 (B, H, W, 3)."""
+    return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), *map(torch.from_numpy, facts))
 
 
 class TrainRequests(Sequence[Request]):
     """The requests of one rank from `start_step` to `total_steps`, `plan.accumulation` of them to a step."""
 
-    def __init__(self, order: EpochOrder, plan: BatchPlan, start_step: int, total_steps: int) -> None:
+    def __init__(
+        self, order: EpochOrder, plan: BatchPlan, start_step: int, total_steps: int, ahead: ReadAhead | None = None
+    ) -> None:
         self.order = order
+        self.ahead = ahead
         self.plan = plan
         self.steps = range(start_step, total_steps)
         self.epoch_steps = steps_per_epoch(order.num_images, plan.global_batch)
@@ -121,65 +155,104 @@ class TrainRequests(Sequence[Request]):
         if epoch != self._epoch:
             self._epoch, self._indices = epoch, self.order.indices(epoch)
         positions = self.plan.positions(step_in_epoch, micro)
+        if self.ahead is not None:  # for all ranks: any may be alone on its node
+            first = step_in_epoch * self.plan.global_batch + micro * self.plan.world * self.plan.micro_batch
+            self.ahead.reach(epoch, first, first + self.plan.world * self.plan.micro_batch)
         return Request(epoch, self._indices[positions], self.order.copies(positions))
 
 
+@dataclass
+class Room:
+    """A batch in the making: pieces of PIECE images, each with its facts."""
+
+    request: Any
+    pixels: np.ndarray  # uint8 (B, H, W, 3)
+    facts: list[Facts | None]
+
+    @property
+    def num_pieces(self) -> int:
+        return len(self.facts)
+
+    def all_facts(self) -> Facts:
+        """Of a batch whose pieces are done."""
+        return Facts(*map(np.concatenate, zip(*filter(None, self.facts), strict=True)))
+
+
 class BatchJob:
-    """Batches for `data.workers`: loaded in a worker, carried in shared memory, copied out where they are wanted.
+    """The batches of a loader as tasks: in pieces for `data.threads`, or for `data.workers` whole, through shared memory.
 
     Args:
-        batches: gives a batch for a request.
+        batches: fills a batch for a request.
         requests: one for each batch, in order.
         batch_size: images in the largest batch.
-        pin: put what comes out into page-locked memory.
+        pin: batches come in page-locked memory.
     """
 
-    def __init__(
-        self, batches: TrainBatches | EvalBatches, requests: Sequence[Any], batch_size: int, pin: bool
-    ) -> None:
-        self.batches: Any = batches
+    def __init__(self, batches: _Batches, requests: Sequence[Any], batch_size: int, pin: bool) -> None:
+        self.batches = batches
         self.requests = requests
-        self.pin = pin
-        height, width = batches.transform.size
+        self.size = batches.transform.size
+        self.buffers = Buffers(pin)
         numbers = 7 + MAX_REPLACEMENTS  # label, index, key, erase (4), bad
-        self.slot_bytes = batch_size * (8 * numbers + 3 * height * width)
+        self.slot_bytes = batch_size * (8 * numbers + 3 * math.prod(self.size))
+        self.pieces_per_batch = math.ceil(batch_size / PIECE)
 
     def __len__(self) -> int:
         return len(self.requests)
 
     def load(self, task: int) -> Batch:
         """One batch, made here."""
-        batch = self.batches[self.requests[task]]
-        if not self.pin:
-            return batch
-        return batch._replace(
-            images=batch.images.pin_memory(), labels=batch.labels.pin_memory(), indices=batch.indices.pin_memory()
-        )
+        room = self.begin(task)
+        for piece in range(room.num_pieces):
+            self.fill(room, piece)
+        return self.finish(room)
 
-    def work(self, task: int, slot: mmap.mmap) -> tuple[tuple[int, ...], int]:
-        batch = self.batches[self.requests[task]]
-        numbers = torch.cat([field.flatten() for field in batch[1:]])
-        pixels = batch.images.permute(0, 2, 3, 1)
-        torch.frombuffer(slot, dtype=torch.int64, count=len(numbers)).copy_(numbers)
-        start = 8 * len(numbers)
-        torch.frombuffer(slot, dtype=torch.uint8, count=pixels.numel(), offset=start).copy_(pixels.flatten())
-        return tuple(pixels.shape), len(batch.bad)
+    def begin(self, task: int) -> Room:
+        request = self.requests[task]
+        return self._room(request, self.buffers.take((_num_images(request), *self.size, 3)))
 
-    def collect(self, reply: tuple[tuple[int, ...], int], slot: mmap.mmap) -> Batch:
-        shape, num_bad = reply
-        num = shape[0]
-        counts = (num, num, 4 * num, num, num_bad)
-        numbers = self._out(torch.frombuffer(slot, dtype=torch.int64, count=sum(counts)))
-        pixels = torch.frombuffer(slot, dtype=torch.uint8, count=math.prod(shape), offset=8 * sum(counts))
-        labels, indices, erase, keys, bad = numbers.split(counts)
-        return Batch(self._out(pixels).view(shape).permute(0, 3, 1, 2), labels, indices, erase.view(num, 4), keys, bad)
+    def fill(self, room: Room, piece: int) -> None:
+        rows = slice(piece * PIECE, (piece + 1) * PIECE)
+        room.facts[piece] = self.batches.fill(_part(room.request, rows), room.pixels[rows])
 
-    def _out(self, shared: torch.Tensor) -> torch.Tensor:
-        return shared.pin_memory() if self.pin else shared.clone()
+    def _room(self, request: Any, pixels: np.ndarray) -> Room:
+        return Room(request, pixels, [None] * math.ceil(len(pixels) / PIECE))
+
+    def finish(self, room: Room) -> Batch:
+        return to_batch(room.pixels, room.all_facts())
+
+    def work(self, task: int, slot: mmap.mmap) -> tuple[int, int]:
+        request = self.requests[task]
+        num = _num_images(request)
+        shape = (num, *self.size, 3)
+        room = self._room(request, np.frombuffer(slot, np.uint8, math.prod(shape)).reshape(shape))
+        for piece in range(room.num_pieces):
+            self.fill(room, piece)
+        facts = room.all_facts()
+        numbers = np.concatenate([field.ravel() for field in facts])
+        np.frombuffer(slot, np.uint8, numbers.nbytes, math.prod(shape))[:] = numbers.view(np.uint8)
+        return num, len(facts.bad)
+
+    def collect(self, reply: tuple[int, int], slot: mmap.mmap) -> Batch:
+        num, num_bad = reply
+        pixels = self.buffers.take((num, *self.size, 3))
+        pixels[...] = np.frombuffer(slot, np.uint8, pixels.size).reshape(pixels.shape)
+        counts = np.array([num, num, 4 * num, num, num_bad])
+        numbers = np.frombuffer(slot, np.uint8, 8 * counts.sum(), pixels.size).copy().view(np.int64)
+        labels, indices, erase, keys, bad = np.split(numbers, np.cumsum(counts)[:-1])
+        return to_batch(pixels, Facts(labels, indices, erase.reshape(num, 4), keys, bad))
 
     def describe(self, task: int) -> str:
         request = self.requests[task]
         return name_images(self.batches.source, request.indices if isinstance(request, Request) else request)
+
+
+def _part(request: Any, rows: slice) -> Any:
+    return request.part(rows) if isinstance(request, Request) else request[rows]
+
+
+def _num_images(request: Any) -> int:
+    return len(request.indices if isinstance(request, Request) else request)
 
 
 def name_images(source: Source, indices: np.ndarray) -> str:
@@ -189,11 +262,20 @@ def name_images(source: Source, indices: np.ndarray) -> str:
 
 
 class BatchIterator(Iterator[Batch]):
-    """One pass over a job's batches, whose workers end on `close`, when this object is dropped, or at exit."""
+    """One pass over a job's batches, whose threads or processes end on `close`, when this object is dropped, or at exit.
 
-    def __init__(self, job: BatchJob, workers: int) -> None:
+    Args:
+        workers: threads or, where `threaded` is false, processes; 0 loads in the caller's thread.
+    """
+
+    def __init__(self, job: BatchJob, workers: int, threaded: bool) -> None:
         self._num_batches = len(job)
-        self._workers = Workers(job, workers) if workers else None
+        self._workers: Threads[Batch] | Workers[Batch] | None = None
+        if workers and threaded:
+            # So that every thread has a piece to do and another one next, and one batch is whole when it is asked for.
+            self._workers = Threads(job, workers, ahead=1 + math.ceil(2 * workers / job.pieces_per_batch))
+        elif workers:
+            self._workers = Workers(job, workers)
         self._batches: Iterator[Batch] = self._workers or map(job.load, range(len(job)))
 
     def __len__(self) -> int:
@@ -204,7 +286,7 @@ class BatchIterator(Iterator[Batch]):
         return next(self._batches)
 
     def close(self) -> None:
-        """Ends the workers; may be called again."""
+        """Ends threads and processes; may be called again."""
         if self._workers is not None:
             self._workers.close()
 
@@ -215,6 +297,7 @@ def train_loader(
     order: EpochOrder,
     plan: BatchPlan,
     *,
+    decoder: Decoder,
     start_step: int,
     total_steps: int,
     workers: int,
@@ -222,11 +305,11 @@ def train_loader(
 ) -> BatchIterator:
     """The batches of one rank for the rest of the run, `plan.accumulation` micro-batches to a step.
 
-    Workers start now. The global random state is neither read nor changed.
+    Threads or processes start now. The global random state is neither read nor changed.
 
     Args:
         start_step, total_steps: the first step wanted and the one after the last; epochs follow one another within.
-        workers: processes that load; 0 loads in this one.
+        workers: threads or processes that load, as the decoder allows; 0 loads in the caller's thread.
         pin: put batches into page-locked memory, for asynchronous copies to a GPU.
 
     Raises:
@@ -234,9 +317,10 @@ def train_loader(
             replaced.
         OSError: while iterating, an image that cannot be read, or workers that hang or die again and again.
     """
-    requests = TrainRequests(order, plan, start_step, total_steps)
-    job = BatchJob(TrainBatches(source, transform, order.seed), requests, plan.micro_batch, pin)
-    return BatchIterator(job, workers)
+    ahead = ReadAhead(source, order) if order.block and isinstance(source, PackSource) else None
+    requests = TrainRequests(order, plan, start_step, total_steps, ahead)
+    job = BatchJob(TrainBatches(source, transform, order.seed, decoder), requests, plan.micro_batch, pin)
+    return BatchIterator(job, workers, decoder.threaded)
 
 
 def eval_requests(num_images: int, batch_size: int, rank: int = 0, world: int = 1) -> list[np.ndarray]:
@@ -255,6 +339,7 @@ def eval_loader(
     source: Source,
     transform: EvalTransform,
     *,
+    decoder: Decoder,
     batch_size: int,
     rank: int = 0,
     world: int = 1,
@@ -267,5 +352,5 @@ def eval_loader(
     `batch.images.split(EVAL_SLICE)`. Raises while iterating as `train_loader`; no image is replaced.
     """
     requests = eval_requests(len(source), batch_size, rank, world)
-    job = BatchJob(EvalBatches(source, transform), requests, max(map(len, requests), default=0), pin)
-    return BatchIterator(job, workers)
+    job = BatchJob(EvalBatches(source, transform, decoder), requests, max(map(len, requests), default=0), pin)
+    return BatchIterator(job, workers, decoder.threaded)

@@ -1,17 +1,9 @@
-"""Random streams as functions: a stream is named by its purpose and a few integers, never by what was drawn before.
-
-The libraries that augment draw from three global generators (python's, numpy's, torch's), so a sample is made
-reproducible by seeding all three from its key, and the caller's own state is put back afterwards.
-"""
+"""Random streams as functions: a stream is named by its purpose and a few integers, never by what was drawn before."""
 
 import hashlib
-import random
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
-import torch
 
 
 def stream_key(purpose: str, *parts: int) -> int:
@@ -26,27 +18,10 @@ def sample_key(seed: int, epoch: int, index: int, repeat: int = 0) -> int:
     return stream_key("sample", seed, epoch, index, repeat)
 
 
-def seed_generators(key: int) -> None:
-    """Seeds python's, numpy's and torch's CPU generator from `key`, about 10 us.
-
-    `torch.manual_seed` would also visit every CUDA device, which costs more than it all and must not happen in workers.
-    """
-    random.seed(key)
-    np.random.seed((key & 0xFFFFFFFF, key >> 32))
-    torch.default_generator.manual_seed(key)
-
-
-@contextmanager
-def preserved_generators() -> Iterator[None]:
-    """Puts python's, numpy's and torch's CPU generator back to where they were, about 0.1 ms."""
-    python_state, numpy_state, torch_state = (
-        random.getstate(),
-        np.random.get_state(),
-        torch.default_generator.get_state(),
-    )
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.default_generator.set_state(torch_state)
+def uniforms(keys: np.ndarray, num: int) -> np.ndarray:
+    """The first `num` numbers of each key's stream: float64 (len(keys), num) in [0, 1), by SplitMix64 (Steele et al., 2014)."""
+    counters = np.arange(1, num + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    bits = keys.astype(np.uint64)[:, None] + counters
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((bits ^ (bits >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import TypeAdapter, ValidationError
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from data import decoders
 from data.augment import TrainTransform
 from data.config import AugmentConfig, DataConfig
 from data.finish import BatchFinisher, Normalize
@@ -81,7 +82,7 @@ def _augmented(args: argparse.Namespace, config: AugmentConfig) -> tuple[torch.T
     size = args.size or (32 if args.data == "digits" else 224)
     order = EpochOrder(len(source), args.seed, config.repeats)
     indices = order.indices(args.epoch)
-    batches = TrainBatches(source, TrainTransform(config, (size, size)), args.seed)
+    batches = TrainBatches(source, TrainTransform(config, (size, size)), args.seed, decoders.choose("auto"))
     normalize = Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, torch.device("cpu"))
     finisher = BatchFinisher(config, len(source.class_names), normalize, args.seed)
     num = min(args.num, len(source))
@@ -89,7 +90,7 @@ def _augmented(args: argparse.Namespace, config: AugmentConfig) -> tuple[torch.T
     captions: list[str] = []
     for row, start in enumerate(range(0, num, num_columns(num))):
         positions = np.arange(start, min(start + num_columns(num), num))
-        batch = batches[Request(args.epoch, indices[positions], order.copies(positions))]
+        batch = batches.load(Request(args.epoch, indices[positions], order.copies(positions)))
         finished, targets = finisher.finish(batch, step=args.epoch, micro=row)
         images.append(normalize.invert(finished))
         captions += [_caption(target, source.class_names) for target in targets]

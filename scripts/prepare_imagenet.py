@@ -1,13 +1,13 @@
 """Make ImageNet-1k a tree of class folders with a manifest, as `data=imagenet` wants it, and audit such a tree.
 
 python scripts/prepare_imagenet.py --archives DOWNLOADS --out DIR     # or --train FILE --val FILE --devkit FILE
-python scripts/prepare_imagenet.py --parquet DOWNLOADS --devkit FILE --out DIR     # a hub's copy; or --classes FILE
+python scripts/prepare_imagenet.py --parquet DOWNLOADS --out DIR     # a hub's copy; with --devkit FILE its counts are checked
 python scripts/prepare_imagenet.py --tree DIR     # train/ and val/ are there: decodes every image, writes the manifest
 python scripts/prepare_imagenet.py --verify --out DIR     # names the files that are missing, added or changed
 
 DOWNLOADS holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz (from image-net.org, after
 registration), whose MD5 sums are checked. However it is interrupted, the same command goes on. Every image is decoded once;
-DIR/manifest.jsonl notes its size, checksum and oddities, DIR/prepare.log how it went.
+DIR/manifest.json notes its size, checksum and oddities, DIR/prepare.log how it went.
 
 Exit status 0; 1 where --verify finds a difference; 2 for an error, or where images cannot be decoded (all else is done then).
 """
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.prepare import archives, manifest
 from scripts.prepare.images import Source, printable
-from scripts.prepare.parquet import open_parquet
+from scripts.prepare.parquet import open_parquet, read_classes
 from scripts.prepare.report import Report
 from scripts.prepare.tree import open_tree
 from scripts.prepare.work import prepare
@@ -53,7 +53,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--archives", type=Path, help="folder that holds the three archives")
     parser.add_argument("--parquet", type=Path, help="folder with train-*.parquet and validation-*.parquet")
     parser.add_argument(
-        "--classes", type=Path, help="for --parquet: a file with one class (n01440764) a line, by label"
+        "--classes",
+        type=Path,
+        help="for --parquet whose file names do not tell: a file with one class (n01440764) a line, by label",
     )
     parser.add_argument("--tree", type=Path, help="folder with train/ and val/: only its manifest is written")
     parser.add_argument("--verify", action="store_true", help="compare --out with its manifest")
@@ -69,8 +71,8 @@ def _parse() -> argparse.Namespace:
         parser.error("give one of --archives (or --train, --val and --devkit), --parquet, --tree and --verify")
     if (args.out is None) != (kinds == {"tree"}):
         parser.error("--tree writes its manifest into the tree: no --out" if args.out else "--out is missing")
-    if kinds == {"parquet"} and (args.devkit is None) == (args.classes is None):
-        parser.error("--parquet needs the names of the classes: --devkit or --classes")
+    if args.devkit and args.classes:
+        parser.error("--devkit and --classes both name the classes: give one of them")
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: at least 1")
     return args
@@ -103,10 +105,11 @@ def _prepare(args: argparse.Namespace) -> None:
         f"oddities: {', '.join(f'{kind} {count:,}' for kind, count in odd.items()) or 'none'}"
     )
     if bad := made.undecodable:
-        named = ", ".join(map(printable, bad["first"]))
+        first = bad["first"][: manifest.NUM_NAMED]
+        named = f"{', '.join(map(printable, first))}{' ...' if bad['count'] > len(first) else ''}"
         raise ValueError(
-            f"{bad['count']:,} images cannot be decoded: {named}{' ...' if bad['count'] > len(bad['first']) else ''}; all else is "
-            f"done; replace or remove them, delete {out / manifest.NAME} and run --tree {out}"
+            f"{bad['count']:,} images cannot be decoded: {named}; all else is done; replace or remove them, delete "
+            f"{out / manifest.NAME} and run --tree {out}"
         )
 
 
@@ -128,8 +131,8 @@ def _open_parquet(args: argparse.Namespace, files: dict[str, Path]) -> Source:
     if files:
         kit = archives.read_devkit(files["devkit"])
         return open_parquet(args.parquet, kit.classes, archives.expected(kit, verified=not args.skip_md5))
-    classes = args.classes.read_text(encoding="utf-8").split()
-    archives.check_classes(classes, str(args.classes))
+    classes = args.classes.read_text(encoding="utf-8").split() if args.classes else read_classes(args.parquet)
+    archives.check_classes(classes, str(args.classes or args.parquet))
     return open_parquet(args.parquet, classes, {})
 
 

@@ -12,11 +12,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from data import decoders
 from data.augment import TrainTransform
 from data.finish import BatchFinisher, Normalize
 from data.loader import TrainBatches
@@ -76,10 +78,13 @@ class Replay:
         seed_step(self.run.seed, self.step, World(rank, self.world_size, self.device))
         finisher = BatchFinisher(self.run.augment, self.num_classes, self.normalize, self.run.seed, rank)
         batches = TrainBatches(
-            self.source, TrainTransform(self.run.augment, self.spec.size, self.spec.mean), self.run.seed
+            self.source,
+            TrainTransform(self.run.augment, self.spec.size, self.spec.mean),
+            self.run.seed,
+            decoders.choose(self.run.data.decoder),
         )
         for micro, part in enumerate(facts["batches"]):
-            batch = batches.again(part["indices"], part["keys"]).to(self.device)
+            batch = batches.again(np.array(part["indices"]), np.array(part["keys"]))
             images, targets = finisher.finish(batch, self.step, micro)
             self.first_bad_layer = None if images.isfinite().all() else "(the images)"
             with self.precision.autocast():

@@ -155,9 +155,10 @@ class CheckpointData:
 
     kind: Literal["checkpoint"]
     root: Annotated[Text | None, Field(description="where they are now; null: where they were")] = None
-    workers: Annotated[int | None, Field(ge=0, description="loader processes of each rank; null: as in training")] = (
-        None
-    )
+    workers: Annotated[
+        int | None, Field(ge=0, description="loader threads or processes of each rank; null: as in training")
+    ] = None
+    cache: Annotated[Text | None, Field(description="folder for a copy of a pack; null: as in training")] = None
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ class Trainer:
             if len(batch.bad):
                 parts.bad_images.note(batch.bad.tolist())
                 sums.add(bad_images=float(len(batch.bad)))
-            images, targets = parts.finish(batch.to(self.world.device, non_blocking=True), step, micro)
+            images, targets = parts.finish(batch, step, micro)
             with self._sync_gradients(micro == accumulation - 1):
                 with parts.precision.autocast():
                     logits = self.wrapped(images)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import Batch
+from data.finish import ToDevice
 from data.loader import EVAL_SLICE
 from vip.distributed import World
 from vip.precision import Precision
@@ -56,10 +57,10 @@ def evaluate(
     share = -(-num_slices // world.size) * EVAL_SLICE
     # One row an image: index, loss, rank of the label among the classes, top classes, top probabilities.
     rows = torch.full((share, 3 + 2 * TOP), -1.0, dtype=torch.float64, device=world.device)
-    filled = 0
+    filled, to_device = 0, ToDevice(world.device)
     with torch.compiler.set_stance("force_eager"):
         for batch in batches:
-            batch = batch.to(world.device, non_blocking=True)
+            batch = to_device(batch)
             indices = batch.indices.to(world.device, non_blocking=True)
             parts = (values.split(EVAL_SLICE) for values in (normalise(batch.images), batch.labels, indices))
             for images, labels, positions in zip(*parts, strict=True):

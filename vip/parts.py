@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data import decoders
 from data.augment import EvalTransform, TrainTransform
 from data.finish import BatchFinisher, Normalize
 from data.loader import eval_loader, train_loader
@@ -49,7 +50,9 @@ def build(
     if run.compile:
         compile_model(model)
     normalize = Normalize(spec.mean, spec.std, world.device, run.channels_last)
-    loading: dict[str, Any] = {"workers": run.data.workers, "pin": world.device.type == "cuda"}
+    decoder = decoders.choose(run.data.decoder)
+    block = run.data.block if run.data.shuffle == "blocks" else 0
+    loading: dict[str, Any] = {"decoder": decoder, "workers": run.data.workers, "pin": world.device.type == "cuda"}
 
     def evaluate_network(network: nn.Module) -> Evaluation:
         transform = EvalTransform(spec.size, spec.crop_pct, spec.interpolation)
@@ -58,7 +61,13 @@ def build(
         return evaluate(network, batches, len(val_set), normalize, precision, world)
 
     facts = {key: getattr(run, key) for key in ("batch_size", "seed", "compile")}
-    facts |= {"optimizer": run.optimizer.name, "world_size": world.size, "precision": run.precision.name}
+    facts |= {
+        "optimizer": run.optimizer.name,
+        "world_size": world.size,
+        "precision": run.precision.name,
+        "decoder": decoder.name,
+        "block": block,
+    }
     return Parts(
         model=model,
         optimizer=build_optimizer(run.optimizer, model, world.device),
@@ -66,7 +75,7 @@ def build(
         batches=lambda step, rollbacks: train_loader(
             train_set,
             TrainTransform(run.augment, spec.size, spec.mean),
-            EpochOrder(len(train_set), order_seed(run.seed, rollbacks), run.augment.repeats),
+            EpochOrder(len(train_set), order_seed(run.seed, rollbacks), run.augment.repeats, block),
             BatchPlan(plan.batch_size, world.size, world.rank, plan.accumulation),
             start_step=step,
             total_steps=plan.total_steps,

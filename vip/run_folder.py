@@ -26,8 +26,8 @@ from vip.tracking.console import ConsoleTracker
 from vip.tracking.jsonl import JsonlTracker
 
 # A checkpoint that differs in one of these is of another run; in one of the others, the bits will differ.
-IDENTITY = ("model", "num_classes", "parameters", "optimizer", "batch_size", "seed")
-CIRCUMSTANCES = ("world_size", "precision", "compile")
+IDENTITY = ("model", "num_classes", "parameters", "optimizer", "batch_size", "seed", "block")
+CIRCUMSTANCES = ("world_size", "precision", "compile", "decoder")
 
 
 @contextlib.contextmanager
@@ -60,13 +60,13 @@ def check_same_run(found: checkpoint.Checkpoint, fingerprint: dict[str, Any], co
     """Raises ConfigError where the checkpoint is of another run; says where it was made under other circumstances."""
     saved = found.state["fingerprint"]
     for key in IDENTITY:
-        if saved[key] != fingerprint[key]:
+        if key in saved and saved[key] != fingerprint[key]:
             raise ConfigError(
                 f"{found.path} is of another run: {key} {saved[key]}, here {fingerprint[key]}; choose another name=..., "
                 "set the key back, or begin a new run with its weights: weights=..."
             )
     for key in CIRCUMSTANCES:
-        if saved[key] != fingerprint[key]:
+        if saved.get(key) != fingerprint[key]:
             console.print(f"note: {key} was {saved[key]}, now {fingerprint[key]}: goes on, but not with the same bits")
 
 
@@ -98,7 +98,7 @@ def announce(run: RunConfig, plan: Plan, trainer: Trainer, num_images: tuple[int
         f"network   {run.model.name}, {millions:.1f} M parameters, {height}x{width}, {run.precision.name} on {name}"
     )
     console.print(f"data      {run.data.kind}: {num_images[0]:,} training and {num_images[1]:,} validation images, "
-                  f"{facts['num_classes']} classes")  # fmt: skip
+                  f"{facts['num_classes']} classes, decoder {facts['decoder']}")  # fmt: skip
     console.print(f"plan      {plan.describe()}")
     step = trainer.progress.step
     console.print(f"folder    {run.folder}, {f'goes on from step {step}' if step else 'from the start'}")

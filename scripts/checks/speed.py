@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from data import decoders
 from data.augment import TrainTransform
 from data.batch import Batch
 from data.loader import train_loader
@@ -48,6 +49,7 @@ def loader(setup: Setup) -> Iterator[Row]:
         TrainTransform(setup.run.augment, spec.size, spec.mean),
         order,
         BatchPlan(size * setup.num_processes, setup.num_processes, world.rank),
+        decoder=decoders.choose(setup.run.data.decoder),
         start_step=0,
         total_steps=1_000_000,
         workers=workers,

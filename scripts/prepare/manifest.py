@@ -1,9 +1,9 @@
-"""The manifest of a prepared tree, `manifest.jsonl`, and the audit of the tree by it.
+"""The manifest of a prepared tree, `manifest.json`, and the audit of the tree by it.
 
-The first line says what the tree is, every other one what an image was when it was prepared (scripts/prepare/images.py), in the
-order of their paths. It is one image a line, not one document, because there are 1.3 million: a line can be read, searched for
-and compared with another manifest's without all of them in memory as objects. It holds nothing that differs between two
-preparations of the same images.
+One JSON document: what the tree is, and under `files` what every image was when it was prepared (scripts/prepare/images.py), in
+the order of their paths. There are 1.3 million, so each stands on a line of its own: a line can be read, searched for and
+compared with another manifest's without all of them in memory as objects. It holds nothing that differs between two preparations
+of the same images.
 """
 
 import json
@@ -18,14 +18,16 @@ from typing import Any
 
 import xxhash
 
-from data.sources import IMAGE_SUFFIXES
+from data.folder import IMAGE_SUFFIXES
 from scripts.prepare import pool
 from scripts.prepare.images import SPLITS, write_whole
 from scripts.prepare.report import Report
 
-NAME = "manifest.jsonl"
-FORMAT = "imagenet-manifest-1"
+NAME = "manifest.json"
+FORMAT = "imagenet-manifest-2"
+END = "\n]}\n"
 NUM_NAMED = 10
+NUM_LISTED = 100  # paths of each oddity that the head lists: more than ImageNet has of the rare ones
 CHUNK = 200  # files that a process checks at a time
 
 
@@ -54,16 +56,17 @@ def make(lines: Iterable[str], classes: tuple[str, ...]) -> str:
         num_bytes[split] += entry["bytes"]
         for kind in entry.get("odd", ()):
             odd.setdefault(kind, []).append(entry["path"])
-    body = "".join(f"{line}\n" for line in in_order)
+    body = ",\n".join(in_order)
     header = {
         "format": FORMAT,
         "images": dict(images),
         "bytes": dict(num_bytes),
-        "odd": {kind: {"count": len(paths), "first": paths[:NUM_NAMED]} for kind, paths in sorted(odd.items())},
+        "odd": {kind: {"count": len(paths), "first": paths[:NUM_LISTED]} for kind, paths in sorted(odd.items())},
         "classes": classes,
-        "xxh3_128": xxhash.xxh3_128_hexdigest(body.encode("ascii")),  # of the lines below
+        "xxh3_128": xxhash.xxh3_128_hexdigest(body.encode("ascii")),  # of the lines on the files
+        "files": [],
     }
-    return f"{json.dumps(header)}\n{body}"
+    return f"{json.dumps(header).removesuffix(']}')}\n{body}{END}"
 
 
 def path_of(line: str) -> str:
@@ -80,11 +83,13 @@ def read(folder: Path) -> Manifest:
     """Raises ValueError where it is not there or not as it was written."""
     path = folder / NAME
     try:
-        head, _, body = path.read_bytes().partition(b"\n")
-        header = json.loads(head)
-        if header["format"] != FORMAT or header["xxh3_128"] != xxhash.xxh3_128_hexdigest(body):
+        head, _, rest = path.read_bytes().partition(b"\n")
+        header = json.loads(head + b"]}")
+        body, end = rest[: -len(END)], rest[-len(END) :]
+        is_whole = end == END.encode() and header["xxh3_128"] == xxhash.xxh3_128_hexdigest(body)
+        if header["format"] != FORMAT or not is_whole:
             raise ValueError(f"format {header['format']!r}, or lines that are not those that it was written with")
-        entries = map(json.loads, body.splitlines())
+        entries = (json.loads(line.removesuffix(b",")) for line in body.splitlines())
         return Manifest(header, {entry["path"]: (entry["bytes"], entry["xxh3_128"]) for entry in entries})
     except FileNotFoundError:
         raise ValueError(

@@ -56,6 +56,28 @@ class Shard:
         return f"{self.split}/{wnid}/{named[1]}.JPEG"
 
 
+def read_classes(folder: Path) -> list[str]:
+    """The classes by label, from the names of the training images, which begin with their class; no image is read.
+
+    Raises ValueError where names or labels do not tell.
+    """
+    classes: dict[int, str] = {}
+    for file in sorted(folder.glob("train-*.parquet")):
+        with pyarrow_parquet().ParquetFile(file) as shard:
+            rows = shard.read(["image.path", "label"]).to_pylist()
+        for row in rows:
+            named = TRAIN_NAME.fullmatch((row.get("image") or {}).get("path") or "")
+            if named is None or classes.setdefault(row.get("label"), named[2]) != named[2]:
+                raise ValueError(
+                    f"{file} has {row}, which does not tell the class of its label: give --devkit or --classes"
+                )
+    if not classes or set(classes) != set(range(len(classes))):
+        raise ValueError(
+            f"{folder} has training images of {len(classes)} labels, with gaps: give --devkit or --classes"
+        )
+    return [classes[label] for label in range(len(classes))]
+
+
 def open_parquet(folder: Path, classes: Sequence[str], expected: dict[str, int]) -> Source:
     """The files train-*.parquet and validation-*.parquet (or val-*) of `folder`; `classes` by label.
 
@@ -85,5 +107,7 @@ def pyarrow_parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError("--parquet needs pyarrow, which is not installed: pip install pyarrow") from None
+        raise ValueError(
+            "--parquet needs pyarrow, which is not installed: pip install pyarrow (the extra `parquet`)"
+        ) from None
     return pyarrow.parquet

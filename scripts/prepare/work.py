@@ -4,7 +4,7 @@
 <out>/unfinished/verified.json      which of them have the published MD5 sum (scripts/prepare/archives.py)
 <out>/unfinished/parts/<key>.jsonl  what is noted of the images of a part; it is there once they are on the disk
 <out>/unfinished/train, val         the images, until all of them are there
-<out>/manifest.jsonl                comes last: a tree that has one is whole
+<out>/manifest.json                comes last: a tree that has one is whole
 """
 
 import contextlib

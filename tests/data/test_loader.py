@@ -1,8 +1,10 @@
 """Loaders: the same samples for every number of workers, ranks and accumulation steps; exact seeking; bad images."""
 
+import os
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,16 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from data import decoders
 from data.augment import EvalTransform, TrainTransform
 from data.batch import NONE, Batch
 from data.config import AugmentConfig, DataConfig
 from data.decode import BadImageError, ImageReadError
+from data.decoders import Decoder
 from data.loader import EVAL_SLICE, Request, TrainBatches, eval_loader, eval_requests, train_loader
 from data.order import BatchPlan, EpochOrder
 from data.sources import Source, open_source
+from tests.data.reference import jpeg, photo
 
 TRANSFORM = TrainTransform(AugmentConfig(), (32, 32))
 SEED = 11
+DECODER = decoders.choose("auto")
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +44,17 @@ def global_batches(
     start: int = 0,
     total: int = 5,
     repeats: int = 1,
+    decoder: Decoder = DECODER,
 ) -> list[Batch]:
     """What all ranks together load, put together step by step in the order of positions."""
     order = EpochOrder(len(source), SEED, repeats)
     plans = [BatchPlan(8, world, rank, accumulation) for rank in range(world)]
     per_rank = [
-        list(train_loader(source, TRANSFORM, order, plan, start_step=start, total_steps=total, workers=workers))
+        list(
+            train_loader(
+                source, TRANSFORM, order, plan, decoder=decoder, start_step=start, total_steps=total, workers=workers
+            )
+        )
         for plan in plans
     ]
     micro_batches = [batch for same_turn in zip(*per_rank, strict=True) for batch in same_turn]
@@ -87,6 +98,15 @@ def test_same_samples_however_sliced(
     assert_same(ours, reference)
 
 
+@pytest.mark.parametrize(("workers", "world"), [(1, 1), (2, 2), (3, 1)])
+def test_processes_give_the_same_samples_too(synthetic: Source, workers: int, world: int) -> None:
+    decoder = decoders.choose("torch")
+    assert_same(
+        global_batches(synthetic, workers=workers, world=world, decoder=decoder),
+        global_batches(synthetic, decoder=decoder),
+    )
+
+
 @pytest.mark.parametrize(("start", "workers"), [(1, 0), (2, 2), (3, 1), (5, 0)])
 def test_seek_equals_the_tail(synthetic: Source, reference: list[Batch], start: int, workers: int) -> None:
     assert_same(global_batches(synthetic, start=start, workers=workers), reference[start:])
@@ -121,7 +141,16 @@ def test_global_random_state_is_neither_read_nor_changed(synthetic: Source, work
 
 def test_too_few_images(synthetic: Source) -> None:
     with pytest.raises(ValueError, match=r"batch_size=21 is larger than the training set: use 20"):
-        train_loader(synthetic, TRANSFORM, EpochOrder(20, SEED), BatchPlan(21), start_step=0, total_steps=1, workers=0)
+        train_loader(
+            synthetic,
+            TRANSFORM,
+            EpochOrder(20, SEED),
+            BatchPlan(21),
+            decoder=DECODER,
+            start_step=0,
+            total_steps=1,
+            workers=0,
+        )
 
 
 @given(num_images=st.integers(1, 200), batch_size=st.integers(1, 150), world=st.integers(1, 4))
@@ -146,7 +175,9 @@ def test_evaluation_loads_each_image_once(
     transform = EvalTransform((32, 32), 1.0)
     counts: Counter[int] = Counter()
     for rank in range(world):
-        loader = eval_loader(source, transform, batch_size=batch_size, rank=rank, world=world, workers=workers)
+        loader = eval_loader(
+            source, transform, decoder=DECODER, batch_size=batch_size, rank=rank, world=world, workers=workers
+        )
         for batch in loader:
             counts.update(batch.indices.tolist())
             assert batch.labels.tolist() == source.labels[batch.indices.numpy()].tolist()
@@ -157,8 +188,11 @@ def test_evaluation_loads_each_image_once(
 
 def test_a_rank_without_slices_has_nothing_to_do(synthetic: Source) -> None:
     transform = EvalTransform((32, 32), 1.0)
-    assert list(eval_loader(synthetic, transform, batch_size=32, rank=1, world=2, workers=0)) == []
-    passes = [list(eval_loader(synthetic, transform, batch_size=32, world=2, workers=workers)) for workers in (1, 0)]
+    assert list(eval_loader(synthetic, transform, decoder=DECODER, batch_size=32, rank=1, world=2, workers=0)) == []
+    passes = [
+        list(eval_loader(synthetic, transform, decoder=DECODER, batch_size=32, world=2, workers=workers))
+        for workers in (1, 0)
+    ]
     assert_same(*passes)
 
 
@@ -199,17 +233,17 @@ def test_bad_training_images_are_replaced_the_same_way_by_every_number_of_worker
 
 
 def test_a_replacement_is_the_sample_that_it_would_be_by_itself(damaged: Source) -> None:
-    batches = TrainBatches(damaged, TRANSFORM, SEED)
+    batches = TrainBatches(damaged, TRANSFORM, SEED, DECODER)
     seen = set()
     for epoch in range(30):
-        replaced = batches[Request(epoch, np.array([1, 5]), np.array([0, 1]))]
+        replaced = batches.load(Request(epoch, np.array([1, 5]), np.array([0, 1])))
         stand_in = int(replaced.indices[1])
         seen.add(stand_in)
-        alone = batches[Request(epoch, np.array([stand_in]), np.array([1]))]
+        alone = batches.load(Request(epoch, np.array([stand_in]), np.array([1])))
         assert torch.equal(replaced.images[1:], alone.images)
         assert (replaced.keys[1], replaced.labels[1]) == (alone.keys[0], alone.labels[0])
         assert alone.bad.tolist() == []
-        assert torch.equal(replaced.images[:1], batches[Request(epoch, np.array([1]), np.array([0]))].images)
+        assert torch.equal(replaced.images[:1], batches.load(Request(epoch, np.array([1]), np.array([0]))).images)
     assert len(seen) > 5, "each epoch draws another one"
 
 
@@ -221,7 +255,14 @@ def test_a_set_without_a_good_image_ends_by_name(tmp_path: Path) -> None:
     source = open_source(DataConfig(kind="folder", root=str(tmp_path)), "train")
     for workers in (0, 1):
         batches = train_loader(
-            source, TRANSFORM, EpochOrder(3, 0), BatchPlan(2), start_step=0, total_steps=1, workers=workers
+            source,
+            TRANSFORM,
+            EpochOrder(3, 0),
+            BatchPlan(2),
+            decoder=DECODER,
+            start_step=0,
+            total_steps=1,
+            workers=workers,
         )
         with pytest.raises(BadImageError, match=r"cannot decode .*train/cat/bad\d.png") as caught:
             next(batches)
@@ -238,4 +279,50 @@ def test_an_image_that_cannot_be_read_is_never_replaced(damaged: Source, tmp_pat
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_validation_image_is_named_not_replaced(damaged: Source, workers: int) -> None:
     with pytest.raises(BadImageError, match=r"cannot decode .*class0/05.png"):
-        list(eval_loader(damaged, EvalTransform((32, 32), 1.0), batch_size=32, workers=workers))
+        list(eval_loader(damaged, EvalTransform((32, 32), 1.0), decoder=DECODER, batch_size=32, workers=workers))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """64 JPEGs of two classes."""
+    root = tmp_path_factory.mktemp("photos")
+    for number in range(64):
+        path = root / "train" / f"class{number % 2}" / f"{number:02d}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(photo(60 + number, 120 - number, number), quality=90))
+    return open_source(DataConfig(kind="folder", root=str(root)), "train")
+
+
+@pytest.mark.parametrize("name", ["native", "torch"])
+@pytest.mark.parametrize(("workers", "world", "accumulation"), [(1, 1, 1), (2, 1, 2), (4, 2, 1), (2, 4, 2)])
+def test_jpegs_come_out_the_same_whoever_decodes_them(
+    photos: Source, name: Literal["native", "torch"], workers: int, world: int, accumulation: int
+) -> None:
+    decoder = decoders.choose(name)
+    ours = global_batches(photos, workers=workers, world=world, accumulation=accumulation, decoder=decoder, total=10)
+    assert_same(ours, global_batches(photos, decoder=decoder, total=10))
+
+
+def resident() -> float:
+    """MiB of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memory_stays_flat_over_50_epochs(photos: Source, workers: int) -> None:
+    batches = train_loader(
+        photos,
+        TRANSFORM,
+        EpochOrder(64, SEED),
+        BatchPlan(16),
+        decoder=DECODER,
+        start_step=0,
+        total_steps=240,
+        workers=workers,
+    )  # 4 batches an epoch
+    for _ in range(40):
+        next(batches)
+    after_10 = resident()
+    assert sum(len(batch.images) for batch in batches) == 200 * 16
+    assert resident() - after_10 < 4

@@ -4,12 +4,17 @@ import os
 import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from data.config import DataConfig
-from data.sources import Source, Split, open_source, open_sources
+from data.decode import BadImageError, ImageReadError
+from data.folder import FolderSource
+from data.pack import PackSource
+from data.sources import EncodedSource, Source, Split, open_source, open_sources
+from tests.data.made_pack import CLASSES, write_pack
 
 WriteTree = Callable[[dict[str, Iterable[str]]], Path]
 
@@ -161,6 +166,50 @@ def test_names_that_are_not_utf8_print_and_load(write_tree: WriteTree) -> None:
     train = open_source(folder(root), "train")
     assert train.name(1) == "a/caf\\xe9.png"
     assert train.load(1).size == (30, 20)
+
+
+def test_an_encoded_source_gives_the_bytes_that_it_decodes(write_tree: WriteTree) -> None:
+    root = write_tree({"train/a": ["1.png", "2.png"], "val/a": ["1.png"]})
+    train = open_source(folder(root), "train")
+    assert isinstance(train, EncodedSource)
+    assert isinstance(train, FolderSource)
+    for index in range(2):
+        path = root / "train" / train.name(index)
+        assert train.path(index) == bytes(path)
+        assert train.read(index) == path.read_bytes()
+    (root / "train/a/1.png").write_bytes(b"no image")
+    assert train.read(0) == b"no image"
+    with pytest.raises(BadImageError, match=r"cannot decode .*train/a/1.png"):
+        train.load(0)
+    (root / "train/a/2.png").unlink()
+    with pytest.raises(ImageReadError, match=r"cannot read .*train/a/2.png \(No such file or directory\)"):
+        train.read(1)
+    assert not isinstance(open_source(DataConfig(kind="synthetic"), "train"), EncodedSource)
+
+
+@pytest.mark.parametrize("kind", ["folder", "imagenet", "digits"])
+def test_a_pack_is_opened_whatever_the_kind(kind: Literal["folder", "imagenet", "digits"], tmp_path: Path) -> None:
+    write_pack(tmp_path / "train", 20)
+    write_pack(tmp_path / "val", 6)
+    train, val = open_sources(DataConfig(kind=kind, root=str(tmp_path), num_classes=2, exif=True))
+    assert isinstance(train, PackSource)
+    assert isinstance(val, EncodedSource)
+    assert (len(train), len(val), train.class_names, train.exif) == (20, 6, CLASSES, True)
+    with pytest.raises(ValueError, match=r"needs 3 class folders but .*train has 2"):
+        open_source(DataConfig(kind=kind, root=str(tmp_path), num_classes=3), "val")
+
+
+def test_a_packed_split_goes_with_a_tree_of_the_same_classes(write_tree: WriteTree) -> None:
+    root = write_tree({"train/a": ["1.png"], "train/b": ["1.png"]})
+    write_pack(root / "val", 6)
+    assert [len(source) for source in open_sources(folder(root))] == [2, 6]
+    (root / "train/c").mkdir()
+    (root / "train/a/1.png").rename(root / "train/c/1.png")
+    (root / "train/a").rmdir()
+    with pytest.raises(ValueError, match=r"val lacks c \(1\) and adds a \(1\)"):
+        open_sources(folder(root))
+    (root / "train/b/1.png").unlink()
+    assert len(open_source(folder(root), "val")) == 6  # enough to evaluate
 
 
 def test_missing_folders_are_named_with_a_way_out(

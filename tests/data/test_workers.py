@@ -20,6 +20,7 @@ from data import workers
 from data.augment import TrainTransform
 from data.batch import Batch
 from data.config import AugmentConfig, DataConfig
+from data.decoders import TorchDecoder
 from data.loader import BatchIterator, train_loader
 from data.order import BatchPlan, EpochOrder
 from data.sources import Source, open_source
@@ -36,7 +37,16 @@ def source() -> Source:
 def load(source: Source, num_workers: int) -> BatchIterator:
     transform = TrainTransform(AugmentConfig(), (32, 32))
     order, plan = EpochOrder(len(source), 3), BatchPlan(8)
-    return train_loader(source, transform, order, plan, start_step=0, total_steps=NUM_BATCHES, workers=num_workers)
+    return train_loader(
+        source,
+        transform,
+        order,
+        plan,
+        decoder=TorchDecoder(),
+        start_step=0,
+        total_steps=NUM_BATCHES,
+        workers=num_workers,
+    )
 
 
 def children(parent: int | None = None) -> set[int]:
@@ -279,6 +289,7 @@ TRAINING = """
 import signal, time
 from data.augment import TrainTransform
 from data.config import AugmentConfig, DataConfig
+from data.decoders import TorchDecoder
 from data.loader import train_loader
 from data.order import BatchPlan, EpochOrder
 from data.sources import open_source
@@ -287,7 +298,7 @@ signal.signal(signal.SIGTERM, lambda number, frame: None)
 source = open_source(DataConfig(kind="synthetic", num_images=64), "train")
 transform = TrainTransform(AugmentConfig(), (32, 32))
 batches = train_loader(
-    source, transform, EpochOrder(64, 0), BatchPlan(4), start_step=0, total_steps=10**6, workers=2
+    source, transform, EpochOrder(64, 0), BatchPlan(4), decoder=TorchDecoder(), start_step=0, total_steps=10**6, workers=2
 )
 for batch in batches:
     print("batch", flush=True)

@@ -2,13 +2,13 @@
 
 import contextlib
 import fcntl
-import importlib.util
 import io
 import json
 import os
 import random
 import shutil
 import signal
+import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -20,15 +20,15 @@ import xxhash
 from PIL import Image
 
 from data.decode import decode_rgb
-from data.sources import FolderSource
+from data.folder import FolderSource
 from scripts.faults.disk import fill, small_disk
 from scripts.faults.launch import ROOT, Launch, UnavailableError
 from scripts.prepare import archives as reading
 from scripts.prepare import manifest, work
+from scripts.prepare.parquet import open_parquet
 from tests.scripts import fake_imagenet as fake
 
 SCRIPT = ROOT / "scripts/prepare_imagenet.py"
-HAS_PYARROW = importlib.util.find_spec("pyarrow") is not None
 
 
 def command(cwd: Path, *arguments: object, status: int = 0) -> str:
@@ -71,10 +71,10 @@ def test_archives_become_a_tree_and_a_manifest_of_every_image(whole: Path, image
     assert "38 training and 11 validation images of 4 classes" in log
     assert "49 of 49 images" in log
     found = tree(whole)
-    lines = found.pop("manifest.jsonl").decode().splitlines()
     assert found.pop("prepare.log")
+    header = json.loads(found.pop("manifest.json"))
     assert found == images
-    header, entries = json.loads(lines[0]), [json.loads(line) for line in lines[1:]]
+    entries = header["files"]
     assert [entry["path"] for entry in entries] == sorted(images)
     for entry in entries:
         content = images[entry["path"]]
@@ -104,7 +104,7 @@ def moments(out: Path) -> list[Callable[[], bool]]:
     def journals(count: int) -> Callable[[], bool]:
         return lambda: len(list((out / "unfinished/parts").glob("*"))) >= count
 
-    last = ("train", "val", "manifest.jsonl.tmp", "manifest.jsonl")
+    last = ("train", "val", "manifest.json.tmp", "manifest.json")
     return [
         *(files(count) for count in sorted(stream.sample(range(1, 25), 4))),
         *(journals(count) for count in range(1, 6)),
@@ -141,7 +141,7 @@ def test_killed_again_and_again_it_ends_like_an_undisturbed_one(
         kills, amid_parts = storm(archives, out)
         found = tree(out)
         assert found.pop("prepare.log")
-        assert found.pop("manifest.jsonl") == (whole / "manifest.jsonl").read_bytes()
+        assert found.pop("manifest.json") == (whole / "manifest.json").read_bytes()
         assert found == images
         if kills >= 6 and amid_parts >= 2:
             return
@@ -242,33 +242,32 @@ def test_missing_and_added_files_are_named_by_the_audit(copy: Path, tmp_path: Pa
 
 
 def test_a_manifest_that_is_damaged_or_missing_is_said(copy: Path) -> None:
-    path = copy / "manifest.jsonl"
+    path = copy / "manifest.json"
     good = path.read_bytes()
     for at in range(0, len(good), 97):
         path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
         if at > good.index(b"\n"):
-            with pytest.raises(ValueError, match=r"manifest.jsonl is damaged .*restore"):
+            with pytest.raises(ValueError, match=r"manifest.json is damaged .*restore"):
                 manifest.read(copy)
     path.unlink()
-    with pytest.raises(ValueError, match=r"manifest.jsonl not found: .*--tree"):
+    with pytest.raises(ValueError, match=r"manifest.json not found: .*--tree"):
         manifest.read(copy)
 
 
 def test_a_tree_that_is_there_gets_the_same_manifest(copy: Path, whole: Path, tmp_path: Path) -> None:
-    (copy / "manifest.jsonl").unlink()
+    (copy / "manifest.json").unlink()
     (copy / "prepare.log").unlink()
     before = tree(copy)
     command(tmp_path, "--tree", copy)
-    assert (copy / "manifest.jsonl").read_bytes() == (whole / "manifest.jsonl").read_bytes()
+    assert (copy / "manifest.json").read_bytes() == (whole / "manifest.json").read_bytes()
     assert before.items() <= tree(copy).items()
 
 
 def test_the_manifest_lists_what_training_lists(copy: Path) -> None:
     odd = copy / "train/n01440764/inner/caf\udce9.png"
     odd.parent.mkdir()
-    odd.write_bytes(b"")
-    (odd.parent / ".hidden.png").write_bytes(b"")
-    (odd.parent / "notes.txt").write_bytes(b"")
+    for name in (odd.name, ".hidden.png", "notes.txt"):
+        (odd.parent / name).touch()
     (odd.parent / "back").symlink_to(copy / "train/n01440764")
     (copy / "train/n01440764/link.jpg").symlink_to("n01440764_0.JPEG")
     source = FolderSource(copy / "train", fake.WNIDS)
@@ -287,20 +286,19 @@ def test_an_image_that_cannot_be_decoded_is_named_and_all_else_is_done(
         said = command(tmp_path, "--archives", archives, "--out", out, "--skip-md5", status=2)
         assert f"error: 1 images cannot be decoded: {path}; all else is done; " in said
     assert {name: content for name, content in tree(out).items() if name in images} == broken
-    entries = {entry["path"]: entry for entry in map(json.loads, (out / "manifest.jsonl").read_text().splitlines()[1:])}
+    entries = {entry["path"]: entry for entry in json.loads((out / "manifest.json").read_text())["files"]}
     assert entries[path]["odd"] == ["undecodable"]
     assert "not one of" in entries[path]["reason"]
     (out / path).write_bytes(images[path])
-    (out / "manifest.jsonl").unlink()
+    (out / "manifest.json").unlink()
     assert "cannot be decoded" not in command(tmp_path, "--tree", out)
 
 
-@pytest.mark.skipif(not HAS_PYARROW, reason="needs pyarrow (the extra `parquet`)")
 def test_parquet_files_give_the_same_tree_and_manifest(archives: Path, whole: Path, tmp_path: Path) -> None:
     parquet = fake.write_parquet(tmp_path / "parquet", fake.images())
     classes = tmp_path / "classes.txt"
     classes.write_text("\n".join(fake.WNIDS))
-    for i, names in enumerate((["--classes", classes], ["--devkit", archives / fake.ARCHIVES[2]])):
+    for i, names in enumerate(([], ["--classes", classes], ["--devkit", archives / fake.ARCHIVES[2]])):
         out = tmp_path / str(i)
         command(tmp_path, "--parquet", parquet, *names, "--out", out, "--skip-md5")
         assert tree(out) | {"prepare.log": b""} == tree(whole) | {"prepare.log": b""}
@@ -312,14 +310,17 @@ def test_parquet_files_give_the_same_tree_and_manifest(archives: Path, whole: Pa
     assert "has 1 files of train (of 2)" in said
 
 
-@pytest.mark.skipif(HAS_PYARROW, reason="pyarrow is installed")
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path) -> None:
-    (tmp_path / "classes.txt").write_text("n01440764")
-    said = command(
-        tmp_path, "--parquet", tmp_path, "--classes", tmp_path / "classes.txt", "--out", tmp_path / "x", status=2
-    )
-    assert "pip install pyarrow" in said
-    assert said.count("\n") == 1
+def test_classes_that_file_names_do_not_tell_are_asked_for(images: dict[str, bytes], tmp_path: Path) -> None:
+    renamed = {path.replace("n02119789_", "x"): content for path, content in images.items()}
+    parquet = fake.write_parquet(tmp_path / "parquet", renamed)
+    refused = command(tmp_path, "--parquet", parquet, "--out", tmp_path / "out", status=2)
+    assert "which does not tell the class of its label: give --devkit or --classes" in refused
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # python's own way to say that there is none
+    with pytest.raises(ValueError, match=r"not installed: pip install pyarrow \(the extra `parquet`\)"):
+        open_parquet(tmp_path, ["n01440764"], {})
 
 
 def with_member(archive: int, name: str) -> Callable[[Path], None]:
@@ -384,7 +385,7 @@ def test_archives_other_than_the_published_ones_are_refused(archives: Path, tmp_
 
 
 def test_a_tree_that_is_there_is_not_mixed_with_another(archives: Path, copy: Path, tmp_path: Path) -> None:
-    (copy / "manifest.jsonl").unlink()
+    (copy / "manifest.json").unlink()
     said = command(tmp_path, "--archives", archives, "--out", copy, "--skip-md5", status=2)
     assert f"train is there already: --tree {copy}" in said
 
