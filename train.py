@@ -6,7 +6,7 @@ every key; `experiment=digits` runs anywhere.
 
 from data.preflight import check_validation
 from data.sources import open_sources
-from vip import config, run_folder
+from vip import config, estimate, run_folder
 from vip.config import RunConfig
 from vip.distributed import connect
 from vip.engine import Trainer
@@ -17,6 +17,9 @@ from vip.preflight import check_space
 
 
 def train(run: RunConfig) -> None:
+    if run.plan:
+        estimate.show(run)
+        return
     with StopRequest() as stop:
         finished = fit(run, stop)
     if stop() and not finished:

@@ -13,6 +13,8 @@ from pydantic import Field
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
+IMAGENET = {"train": 1_281_167, "val": 50_000}  # images of its 1,000 classes
+
 RAND_AUGMENT_SPEC = re.compile(r"rand(-(m\d+|n\d+|p[01]?\.?\d+|mstd\d+\.?\d*|mmax\d+|inc[01]|tweights|t3aw?))*")
 
 

@@ -40,6 +40,7 @@ CHECKS: Sequence[Check] = (
     planned.precision,
     planned.compilation,
     planned.optimizer,
+    planned.decoder,
     folder.run_folder,
     folder.shared_folder,
     machine.memory,

@@ -126,6 +126,12 @@ class RunConfig:
     schedule: ScheduleConfig
     precision: PrecisionConfig
     tracking: TrackingConfig
+    plan: Annotated[
+        bool, Field(description="say what the run would take, in hours, memory and disk, and train nothing")
+    ] = False
+    plan_network: Annotated[
+        float, Field(gt=0, description="what plan=true reckons with: the speed of a node's network, in Gbit/s")
+    ] = 100.0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.,=+-]+", self.name) or self.name.startswith("."):
@@ -277,7 +283,7 @@ def departures(config: RunConfig) -> list[str]:
         return []
     published = dict(flatten(dataclasses.asdict(parse(RunConfig, compose("train", [f"experiment={recipe}"])))))
     free: tuple[str, ...] = ("name", "runs_dir", "seed", "resume", "micro_batch", "keep", "data.", "tracking.")
-    free += ("eval_every", "save_every", "log_every")
+    free += ("eval_every", "save_every", "log_every", "plan")
     return [
         f"{key}: {as_yaml(published.get(key))} -> {as_yaml(value)}"
         for key, value in flatten(dataclasses.asdict(config))
@@ -369,6 +375,10 @@ def _one_line(config_name: str, overrides: list[str], error: Exception) -> str:
     text = str(error)
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        if (group, choice) == ("precision", "apex"):
+            return (
+                "precision=apex: apex has no amp any more, mixed precision is torch's own; take precision=fp16 or bf16"
+            )
         return f"{group}={choice}: no such choice{near(choice, error.options)}; there are {', '.join(sorted(error.options))}"
     unknown = re.search(r"Could not override '([^']+)'", text)
     if isinstance(error, ConfigCompositionException) and unknown:

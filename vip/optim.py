@@ -5,7 +5,6 @@ the published recipe. The learning rate is set anew before every step (`set_lr`)
 state of the optimizer.
 """
 
-import importlib
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -13,6 +12,8 @@ import torch
 from pydantic import Field
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
+
+from vip import apex_kernels
 
 APEX = {"apex_adam": "fusedadamw", "apex_lamb": "fusedlamb"}
 
@@ -46,7 +47,10 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.dev
     """Raises ValueError for a name that timm does not know, options that it does not take, and apex without its kernels."""
     name = config.name
     if name in APEX:
-        _require_apex(name, device)
+        instead = f"optimizer={'adamw' if name == 'apex_adam' else 'lamb'}"
+        apex_kernels.require(f"optimizer={name}", apex_kernels.OPTIMIZERS, instead)
+        if device.type != "cuda":
+            raise ValueError(f"optimizer={name}: apex's kernels need a GPU; take {instead} on {device.type}")
         name = APEX[name]
     elif name not in list_optimizers():
         raise ValueError(
@@ -78,18 +82,3 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.dev
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-
-
-def _require_apex(name: str, device: torch.device) -> None:
-    """The package alone proves nothing (a Python-only build imports, and the index has another 'apex'): ask for the kernels."""
-    try:
-        importlib.import_module("apex.optimizers")
-        importlib.import_module("amp_C")
-    except ImportError as error:
-        raise ValueError(
-            f"optimizer={name}: NVIDIA apex with its CUDA kernels is not installed ({error}); build it from "
-            "github.com/NVIDIA/apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1 (the package index has an unrelated 'apex'), or "
-            f"take optimizer={'adamw' if name == 'apex_adam' else 'lamb'}"
-        ) from error
-    if device.type != "cuda":
-        raise ValueError(f"optimizer={name}: apex's kernels need a GPU; take optimizer=adamw or lamb on {device.type}")

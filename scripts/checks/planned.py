@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
+from data import decoders, native
+from data.config import IMAGENET
 from data.sources import NUM_CLASSES, open_sources
 from scripts.checks.row import Row, Setup
-from scripts.prepare.images import IMAGENET
 from vip.models.build import build_model, input_spec
 from vip.optim import APEX, build_optimizer
 from vip.plan import make_plan
@@ -36,6 +37,17 @@ def data(setup: Setup) -> Iterator[Row]:
         yield Row("warning", f"{found}: {' and '.join(differences)}", remedy, must_agree=True)
     else:
         yield Row("ok", found, must_agree=True)
+
+
+def decoder(setup: Setup) -> Iterator[Row]:
+    """Which one `data.decoder` leads to: `auto` takes the slower one without a word where the other was not built."""
+    asked = setup.run.data.decoder
+    found = decoders.choose(asked).name
+    if found != asked and found == "torch":
+        cause, _, remedy = native.reason().rpartition(": ")
+        yield Row("warning", f"torch's, in processes: {cause}", remedy, must_agree=True)
+    else:
+        yield Row("ok", f"{found} (data.decoder={asked})", must_agree=True)
 
 
 def batch(setup: Setup) -> Iterator[Row]:

@@ -20,8 +20,9 @@ from typing import IO
 
 import scipy.io  # type: ignore[import-untyped]
 
+from data.config import IMAGENET
 from data.decode import MAX_BYTES
-from scripts.prepare.images import IMAGENET, Part, Source, fingerprint, write_whole
+from scripts.prepare.images import Part, Source, fingerprint, write_whole
 from scripts.prepare.report import Report
 
 NAMES = {

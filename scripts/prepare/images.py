@@ -16,7 +16,6 @@ from PIL import ExifTags, Image
 from data.decode import FORMATS, BadImageError, decode_rgb
 
 SPLITS = ("train", "val")
-IMAGENET = {"train": 1_281_167, "val": 50_000}  # images of its 1,000 classes
 JPEG_SUFFIXES = (".jpg", ".jpeg")
 YCCK = 2  # the colour transform of Adobe's marker
 

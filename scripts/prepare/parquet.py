@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.config import IMAGENET
 from scripts.prepare.archives import WNID
-from scripts.prepare.images import IMAGENET, Part, Source, fingerprint
+from scripts.prepare.images import Part, Source, fingerprint
 
 SHARD = re.compile(r"(train|val|validation)-(\d+)(?:-of-(\d+))?(?:-\w+)?\.parquet", re.ASCII)
 TRAIN_NAME = re.compile(rf"(({WNID})_\d+)(?:_({WNID}))?\.JPEG", re.ASCII)

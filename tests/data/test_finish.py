@@ -10,8 +10,9 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.mixup import Mixup
 
 from data.batch import Batch
+from data.buffers import Buffers
 from data.config import AugmentConfig
-from data.finish import BatchFinisher, Normalize, draw_mixing, mix_with_reversed
+from data.finish import BatchFinisher, Normalize, ToDevice, draw_mixing, mix_with_reversed
 
 NONE = AugmentConfig.none()
 NUM_CLASSES = 7
@@ -187,14 +188,33 @@ def test_channels_last_changes_memory_not_values() -> None:
 def test_never_waits_for_the_gpu() -> None:
     batch = make_batch(8, erase=(1, 2, 8, 8))
     finish = BatchFinisher(AugmentConfig(), NUM_CLASSES, normalizer("cuda"), seed=3)
-    pinned = Batch(*(field.contiguous().pin_memory() for field in batch))
-    finish.finish(pinned.to(torch.device("cuda")), step=0)
+    pinned = batch._replace(images=batch.images.pin_memory(), labels=batch.labels.pin_memory())
+    finish.finish(pinned, step=0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        images, targets = finish.finish(pinned.to(torch.device("cuda"), non_blocking=True), step=1)
+        images, targets = finish.finish(pinned, step=1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     expected_images, expected_targets = finisher(AugmentConfig(erase_mode="const")).finish(batch, step=1)
     torch.testing.assert_close(targets.cpu(), expected_targets)
-    outside = expected_images[:, :, 12:] != 0
+    outside = expected_images[:, :, 12:] != 0  # below the box
     torch.testing.assert_close(images.cpu()[:, :, 12:][outside], expected_images[:, :, 12:][outside])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_reach_the_gpu_whole_while_their_memory_is_used_again() -> None:
+    """The copies run behind work that keeps the GPU busy; a buffer must not be filled anew before its copy is made."""
+    to_device, buffers, work = ToDevice(torch.device("cuda")), Buffers(pin=True), torch.randn(4096, 4096, device="cuda")
+    arrived = []
+    for number in range(20):
+        pixels = buffers.take((64, 224, 224, 3))
+        pixels[...] = number
+        batch = make_batch(64, size=1)._replace(images=torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        del pixels
+        for _ in range(5):
+            work = work @ work / 64
+        arrived.append(to_device(batch).images)
+        del batch
+    for number, images in enumerate(arrived):
+        assert (images == number).all()

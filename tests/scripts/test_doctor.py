@@ -4,9 +4,11 @@ import http.server
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +38,21 @@ WITH_LIMIT = """
 import resource, runpy
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 runpy.run_path({script!r}, run_name="__main__")
+"""
+
+WITHOUT_NATIVE = """
+import dataclasses, json, sys
+sys.path.insert(0, {path!r})
+import torch
+from scripts.checks import planned
+from scripts.checks.row import Setup, carry_out
+from vip.config import RunConfig, compose, parse
+from vip.distributed import World
+rows = []
+for name in ("auto", "torch", "native"):
+    run = parse(RunConfig, compose("train", ["experiment=digits", "data.decoder=" + name]))
+    rows += carry_out([planned.decoder], Setup(run, World(0, 1, torch.device("cpu"))))
+print(json.dumps([dataclasses.asdict(row) for row in rows]))
 """
 
 
@@ -131,6 +148,22 @@ def test_imagenet_with_another_number_of_images_is_a_warning_with_the_difference
     assert row.status == "warning"
     assert "1,280,167 fewer than ImageNet's 1,281,167 training images" in row.value
     assert "49,000 fewer than ImageNet's 50,000 validation images" in row.value
+
+
+def test_a_decoder_that_was_not_built_is_a_warning_and_one_that_was_asked_for_an_error(tmp_path: Path) -> None:
+    for package in ("data", "scripts", "vip"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    code = WITHOUT_NATIVE.format(path=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    by_itself, chosen, asked_for = json.loads(done.stdout)
+    assert (by_itself["status"], by_itself["value"][:41]) == ("warning", "torch's, in processes: the native library")
+    assert by_itself["remedy"].endswith("then make setup")
+    assert (chosen["status"], chosen["value"]) == ("ok", "torch (data.decoder=torch)")
+    assert asked_for["status"] == "error"
+    assert asked_for["value"].startswith("data.decoder=native: the native library was not built")
+    assert asked_for["remedy"] == "or set data.decoder=auto"
 
 
 def test_a_run_folder_that_is_full_or_read_only_is_an_error(run: Run, tmp_path: Path, digits: Path) -> None:
@@ -241,7 +274,8 @@ def test_an_error_of_two_ranks_is_one_row_and_the_status_of_both(tmp_path: Path,
 
 
 def test_a_rank_that_dies_is_named_in_the_table_of_the_others(tmp_path: Path, digits: Path) -> None:
-    with Launch(("experiment=digits", f"data.root={digits}"), tmp_path, processes=2, script=ROOT / SCRIPT) as launch:
+    arguments = ("experiment=digits", f"data.root={digits}", "data.decoder=torch")  # the native one has no processes
+    with Launch(arguments, tmp_path, processes=2, script=ROOT / SCRIPT) as launch:
         children = Path(f"/proc/{launch.pids[1]}/task/{launch.pids[1]}/children")
         assert launch.wait_until(lambda: bool(children.read_text()))  # its loader's worker
         launch.kill(1)

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from vip import apex_kernels
 from vip.models.permutator import PermutatorBlock, VisionPermutator
 from vip.stochastic_depth import StochasticDepthConfig
 
@@ -25,6 +26,13 @@ class ModelConfig:
         Field(pattern="^(weighted|plain)$", description="how the branches are fused: weighted or plain (ViP alone)"),
     ] = None
     drop_rate: Annotated[float, Field(ge=0, lt=1, description="dropout before the classifier")] = 0.0
+    fused_norm: Annotated[
+        bool,
+        Field(description="NVIDIA apex's kernel in place of torch's for every LayerNorm; the weights are the same"),
+    ] = False
+    checkpointing: Annotated[
+        bool, Field(description="activation checkpointing: blocks run again in the backward pass, for less memory")
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,8 @@ class InputSpec:
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     """The network, on the CPU, initialised from torch's current seed.
 
-    Raises ValueError for an unknown name (with near ones) and for options that the network does not take.
+    Raises ValueError for an unknown name (with near ones), for options that the network does not take, and where
+    `fused_norm` has no kernel or nothing to replace.
     """
     if not timm.is_model(config.name):
         near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
@@ -56,9 +65,14 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     if config.img_size is not None and _takes_img_size(config.name):
         options["img_size"] = config.img_size
     try:
-        return timm.create_model(config.name, **options)
+        model = timm.create_model(config.name, **options)
     except TypeError as error:
         raise ValueError(f"model.name={config.name}: does not take {sorted(options)} ({error})") from error
+    if config.fused_norm:
+        _fuse_norms(model, config.name)
+    if config.checkpointing:
+        _checkpoint_blocks(model, config.name)
+    return model
 
 
 def input_spec(config: ModelConfig, model: nn.Module) -> InputSpec:
@@ -81,6 +95,37 @@ def compile_model(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PermutatorBlock):
             module.compile(dynamic=False)
+
+
+def _fuse_norms(model: nn.Module, name: str) -> None:
+    """Give every LayerNorm apex's kernel, in place: parameters stay as they are, and keep their names."""
+    apex_kernels.require("model.fused_norm=true", apex_kernels.LAYER_NORM, "model.fused_norm=false")
+    from apex.normalization import FusedLayerNorm
+
+    # timm's 2d kinds normalise the channels of (B, C, H, W); apex has the last dimensions alone, with both weights or none.
+    plain = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        and "2d" not in type(module).__name__
+        and (module.bias is not None or not module.elementwise_affine)
+    ]
+    if not plain:
+        raise ValueError(f"model.fused_norm=true: {name} has no LayerNorm; set model.fused_norm=false")
+    for path, module in plain:
+        fused = FusedLayerNorm(module.normalized_shape, module.eps, module.elementwise_affine)
+        fused.load_state_dict(module.state_dict())
+        model.set_submodule(path, fused)
+
+
+def _checkpoint_blocks(model: nn.Module, name: str) -> None:
+    try:
+        model.set_grad_checkpointing()  # type: ignore[operator]
+    except (
+        AttributeError,
+        AssertionError,
+    ) as error:  # timm: no method at all, or one that asserts that it is not asked
+        raise ValueError(f"model.checkpointing=true: {name} cannot do it; set model.checkpointing=false") from error
 
 
 def _takes_img_size(name: str) -> bool:

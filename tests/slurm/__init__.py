@@ -1,0 +1,1 @@
+"""Training on a Slurm cluster that is real, on one machine."""
