@@ -1,7 +1,10 @@
-"""Speed, measured on this machine: `data` the loader against timm's and others'.
+"""Speed, measured on this machine: `data` the loader against timm's and others', `model` the networks against their peers.
 
 python scripts/benchmark.py data                      # on JPEGs that it makes from sample photographs
 python scripts/benchmark.py data --root DIR           # on real ones: DIR/train/<class>/*
+python scripts/benchmark.py model                     # every size and its peers, eager and compiled
+python scripts/benchmark.py model --networks vip_s7 literal/vip_s7 --modes eager --precisions bf16
+python scripts/benchmark.py data --files 1281167      # and how soon the first batch comes from so many
 
 Candidates take turns, and each figure is the median of several rounds: ratios hold where absolute speeds drift.
 Exit status 0, or 2 for an error.
@@ -34,7 +37,7 @@ PACKS = {
 def main() -> None:
     args = _parse()
     try:
-        tables = data(args)
+        tables = args.measure(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: error: {error}") from None
     if args.json:
@@ -54,13 +57,25 @@ def _parse() -> argparse.Namespace:
     data.add_argument(
         "--work", type=Path, default=Path("datasets/benchmark"), help="where packs and made images go (%(default)s)"
     )
+    data.add_argument("--files", type=int, help="also time the start on a tree of so many links to the made images")
     data.add_argument("--rounds", type=int, default=7)
     data.add_argument("--batches", type=int, default=3, help="of 64 images, in each round (%(default)s)")
-    data.add_argument("--json", action="store_true", help="figures for programs")
+    data.set_defaults(measure=measure_data)
+    model = commands.add_parser("model", help="the networks")
+    model.add_argument(
+        "--networks", nargs="+", help="names of timm's, literal/NAME for ours (default: all sizes and peers)"
+    )
+    model.add_argument("--precisions", nargs="+", choices=("fp32", "bf16", "fp16"), help="default: those of the device")
+    model.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
+    model.add_argument("--batch", type=int, default=8, help="images (%(default)s)")
+    model.add_argument("--rounds", type=int, default=7)
+    model.set_defaults(measure=measure_model)
+    for command in (data, model):
+        command.add_argument("--json", action="store_true", help="figures for programs")
     return parser.parse_args()
 
 
-def data(args: argparse.Namespace) -> dict[str, list[dict[str, object]]]:
+def measure_data(args: argparse.Namespace) -> dict[str, list[dict[str, object]]]:
     """Tables by title: rows of column and value."""
     from scripts.bench import data as bench
     from scripts.bench.photos import write_photos
@@ -72,6 +87,7 @@ def data(args: argparse.Namespace) -> dict[str, list[dict[str, object]]]:
     speeds = bench.speeds(root, packs, args.rounds, args.batches)
     base = next(iter(speeds.values()))
     walls = bench.scaling(root, args.rounds, args.batches * 2)
+    starts = {f"start on {args.files:,} files": _starts(root, args)} if args.files else {}
     return {
         "to a normalised float batch, one core": [
             {"pipeline": name, "images/s": round(speed), "x timm": round(speed / base, 2)}
@@ -85,6 +101,36 @@ def data(args: argparse.Namespace) -> dict[str, list[dict[str, object]]]:
         ],
         "against Pillow, PSNR over 192 images": [
             {"what": name, "lowest dB": low, "median dB": median} for name, low, median in bench.quality(root)
+        ],
+        **starts,
+    }
+
+
+def _starts(root: Path, args: argparse.Namespace) -> list[dict[str, object]]:
+    from scripts.bench import listing
+
+    tree = args.work / "files"
+    listing.link_tree(root, tree, args.files)
+    workers = os.cpu_count() or 1
+    return [{"what": name, "ms": round(1e3 * seconds)} for name, seconds in listing.seconds(tree, workers)]
+
+
+def measure_model(args: argparse.Namespace) -> dict[str, list[dict[str, object]]]:
+    """Tables by title: rows of column and value."""
+    import torch
+
+    from scripts.bench import model as bench
+
+    names = args.networks or [*bench.OURS, "literal/vip_s7", *bench.PEERS]
+    on_gpu = torch.cuda.is_available()
+    precisions = args.precisions or ["fp32", "bf16", *["fp16"] * on_gpu]
+    return {
+        "bytes that an eager training step moves in fp16, counted": list(bench.traffic(names)),
+        f"speed at batch {args.batch} (memory limit: of the speed at which the products' bytes alone would fill the bandwidth)": [
+            row for each in precisions for row in bench.speeds(names, each, args.modes, args.batch, args.rounds)
+        ],
+        "share of an eager training step's time, %": [
+            row for each in precisions for row in bench.shares(names, each, args.batch)
         ],
     }
 
@@ -107,10 +153,11 @@ def _processor() -> str:
 
 def _table(title: str, rows: list[dict[str, object]]) -> Table:
     table = Table(title=title, title_justify="left")
-    for column in rows[0]:
-        table.add_column(column, justify="left" if column in ("pipeline", "stage", "what") else "right")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("pipeline", "stage", "what", "network") else "right")
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        table.add_row(*(str(row.get(column, "")) for column in columns))
     return table
 
 

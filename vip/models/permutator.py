@@ -23,6 +23,7 @@ from timm.models import checkpoint, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from vip.models.norm import LayerNorm
 from vip.stochastic_depth import DropPath, depth_rates
 
 Mixer = Literal["weighted", "plain"]
@@ -75,11 +76,14 @@ class PermuteMlp(nn.Module):
         """(B, H, W, C) -> (B, H, W, C)."""
         B, H, W, C = x.shape
         x = x.view(B, H, W, -1, self.segment_dim)
+        if self.reweight is not None:
+            # The gate goes first, because the gradient of x is summed in the layout of the last branch, contiguous x_c.
+            logits = self.reweight(self.mean_of_sum(x)).view(B, C, 3)
+            gate = logits.softmax(2).permute(2, 0, 1).reshape(3, B, 1, 1, C // self.segment_dim, -1)
         x_h, x_w, x_c = self.mix_rows(x), self.mix_columns(x), self.mix_channels(x)
         # x_c comes first: it is contiguous, and the sum takes its layout from the first operand.
         if self.reweight is not None:
-            logits = self.reweight(self.mean_of_sum(x)).view(B, C, 3)
-            gate = logits.softmax(2).to(x_c.dtype).permute(2, 0, 1).reshape(3, B, 1, 1, C // self.segment_dim, -1)
+            gate = gate.to(x_c.dtype)
             mixed = torch.addcmul(torch.addcmul(x_c * gate[2], x_h, gate[0]), x_w, gate[1])
         else:
             mixed = x_c + x_h + x_w
@@ -105,8 +109,10 @@ class PermuteMlp(nn.Module):
         It is linear in x, so it is had from the means of x over each row, each column and all tokens: products 1/W, 1/H
         and 1/(H*W) the size, and no pass over the three results.
         """
-        row_means = x.mean(2, keepdim=True)
-        column_means = x.mean(1, keepdim=True)
+        _, H, W, _, _ = x.shape
+        # Not mean(): its gradient is as large as x, that of sum() a view. Autocast would widen the sum.
+        row_means = x.sum(2, keepdim=True, dtype=x.dtype) / W
+        column_means = x.sum(1, keepdim=True, dtype=x.dtype) / H
         mean = row_means.mean(1, keepdim=True)
         return (
             self.mix_rows(row_means).mean((1, 2))
@@ -120,16 +126,25 @@ class PermutatorBlock(nn.Module):
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: nn.Module, **factory: Any) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, **factory)
+        self.norm1 = LayerNorm(dim, **factory)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, **factory)
+        self.norm2 = LayerNorm(dim, **factory)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **factory)
         self.drop_path = drop_path
+        self.drops = not isinstance(drop_path, nn.Identity)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = self.add(x, self.attn(self.norm1(x)))
+        return self.add(x, self.mlp(self.norm2(x)))
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """x + drop_path(branch), in one pass over both."""
+        if not self.drops or not self.training:
+            return x + branch
+        ones = torch.ones((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device)
+        scale = self.drop_path(ones)  # of each sample: 0 or 1 / (1 - rate)
+        return torch.addcmul(x, branch, scale)
 
 
 class VisionPermutator(nn.Module):
@@ -206,7 +221,7 @@ class VisionPermutator(nn.Module):
             network.append(nn.Sequential(*blocks))
         self.network = nn.Sequential(*network)
         self.feature_info = feature_info
-        self.norm: nn.Module = nn.LayerNorm(dim, **factory)
+        self.norm: nn.Module = LayerNorm(dim, **factory)
         self.head_drop = nn.Dropout(drop_rate)
         self.head: nn.Module = nn.Linear(dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
         self.init_weights()
