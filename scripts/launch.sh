@@ -11,7 +11,6 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 host=$(uname -n) # HOSTNAME may have come along from a login node
 
 if [[ ${LAUNCH_NOTES:-} && ${RANK:-} ]]; then # as a rank; what was refused (vip/config.py) or stopped needs no second start
-  echo $$ >"$LAUNCH_NOTES/pid.$host.$LOCAL_RANK"
   [[ ! -e $LAUNCH_NOTES/refused && ! -e $LAUNCH_NOTES/stop.$host ]] || exit 0
   exec "$PYTHON" -u "$@"
 fi
@@ -29,7 +28,7 @@ if [[ ! ${LAUNCH_NOTES:-} ]]; then # else nodes share a folder, so that an error
   LAUNCH_NOTES=$(mktemp -d)
   trap 'rm -rf "$LAUNCH_NOTES"' EXIT
 fi
-rm -f "$LAUNCH_NOTES"/{pid,stop}."$host"{,.*}
+rm -f "$LAUNCH_NOTES/stop.$host"
 export PYTHON LAUNCH_NOTES
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}                                             # the bits of CPU products depend on it
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}       # else restarts meet stale addresses
@@ -74,14 +73,13 @@ main()' "${where[@]}" --nproc-per-node="${NPROC:-$((gpus > 0 ? gpus : 1))}" --ma
 launcher=$!
 stopped=
 stop() { # tell the ranks; one that is still importing ends of it, is started again and finds the note
-  local file pid told=
+  local ranks=()
   [[ ! $stopped ]] || return 0
   stopped=$((128 + $2))
   : >"$LAUNCH_NOTES/stop.$host"
-  for file in "$LAUNCH_NOTES/pid.$host".*; do # builtins alone: the signal may be on its way to every child of this shell
-    if read -r pid <"$file" && kill "-$1" "$pid"; then told=yes; fi
-  done
-  [[ $told ]] || kill -KILL "$launcher" || true # no rank runs: it waits for other nodes
+  # A builtin where there is /proc: the signal may be on its way to every child of this shell.
+  read -ra ranks <"/proc/$launcher/task/$launcher/children" || [[ ${ranks[*]} ]] || read -ra ranks < <(pgrep -d " " -P "$launcher")
+  kill "-$1" "${ranks[@]}" || kill -KILL "$launcher" || true # without ranks it waits for other nodes
 } 2>/dev/null
 for name in TERM INT HUP QUIT USR1 USR2; do
   # shellcheck disable=SC2064 # name and number are meant as they are now

@@ -104,9 +104,11 @@ def preemption(run: Run) -> None:
 
 
 def killed_worker(run: Run) -> None:
-    node = run.nodes[-1]
-    (pid,) = run.cwd.glob(f"runs/*/.slurm/pid.{node}.0")
-    run.cluster.run("kill", "-KILL", pid.read_text().strip(), on=node)
+    node = run.nodes[1]
+    pid = run.cluster.run(
+        "pgrep", "--oldest", "--full", "python.* -u .*train.py", on=node
+    )  # forked loaders are younger
+    run.cluster.run("kill", "-KILL", pid.strip(), on=node)
 
 
 def killed_node(run: Run) -> None:
