@@ -87,3 +87,11 @@ def test_the_command_line_refuses_a_callback_before_anything_is_written(run: Run
     assert refused.stderr.startswith("train.py: error: hydra.callbacks.x._target_=os.mkdir: ")
     assert refused.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_configuration_cannot_have_a_launcher_run_shell_commands() -> None:
+    pytest.importorskip("submitit")
+    overrides = ["hydra/launcher=submitit_slurm", "hydra.launcher.setup=[touch CANARY]"]
+    with pytest.raises(config.ConfigError, match=r"hydra.launcher.setup=.*touch CANARY.*: must stay null"):
+        config.compose("train", overrides)
+    config.compose("train", overrides[:1])

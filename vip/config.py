@@ -46,6 +46,7 @@ HYDRA_HANDS: dict[str, Any] = {
     "callbacks": {},
     "job.env_set": {},
     "sweeper.params": None,
+    "launcher.setup": None,
     "job_logging": {"version": 1, "root": None, "disable_existing_loggers": False},
     "hydra_logging": {"version": 1, "root": None, "disable_existing_loggers": False},
 }
@@ -301,10 +302,12 @@ def to_yaml(config: Any) -> str:
 
 
 def _run_with_hydra(config_name: str, schema: type[Schema], task: Callable[[Schema], None]) -> None:
+    given = sys.argv[1:]  # in a job on another node it is something else
+
     def job(composed: DictConfig) -> None:
         with one_line_errors():
             values: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
-            swept = [item for item in HydraConfig.get().overrides.task if item not in sys.argv]
+            swept = [item for item in HydraConfig.get().overrides.task if item not in given]
             if swept and "name" in values:
                 values["name"] = "-".join([str(values["name"]), *(re.sub(r"[^\w.,=+-]", "_", item) for item in swept)])
             task(parse(schema, values))

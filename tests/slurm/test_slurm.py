@@ -86,7 +86,7 @@ def test_a_sweep_is_a_job_for_each_value(cluster: Cluster, tmp_path: Path, digit
     train = ("env", "OMP_NUM_THREADS=1", sys.executable, ROOT / "train.py", "-m")
     cluster.run(*train, *launcher, *short, "seed=1,2", cwd=tmp_path, timeout=500)
     for seed in (1, 2):
-        (folder,) = (tmp_path / "runs").glob(f"sweep*seed={seed}*")
+        (folder,) = (tmp_path / "runs").glob(f"sweep-seed={seed}")
         assert (folder / "checkpoints/step_0000000003.safetensors").exists()
     nodes = [re.search(r"hostname=(\w+)", log.read_text()) for log in tmp_path.glob("runs/.submitit/*/*_log.out")]
     assert {node[1] for node in nodes if node} == {"n1", "n2"}
