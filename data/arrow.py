@@ -53,7 +53,7 @@ class ArrowSource:
         return f"{self.class_names[self.labels[index]]}/{Path(path).name if path else index}"
 
     def read(self, index: int) -> bytes:
-        """The image's bytes, or those of the file that the row names. Raises as `data.decode.open_rgb`."""
+        """The image's bytes, or those of the file that the row names. Raises as `data.decode.read_file`."""
         content, name = self._field(index, "bytes"), self._full_name(index)
         if content is None and (path := self._field(index, "path")):
             return read_file(path, f"{path} ({name})")

@@ -59,19 +59,13 @@ class ImageReadError(_ImageError, OSError):
     text = "cannot read {name} ({reason}): check the file and the disk or network that holds it, then start again"
 
 
-def open_rgb(path: str | bytes | os.PathLike[str], exif: bool = False) -> Image.Image:
-    """The decoded image in mode RGB; `exif` turns it upright as its EXIF orientation says.
+def decode_rgb(data: bytes, name: str, exif: bool = False) -> Image.Image:
+    """The image that `data` holds, in mode RGB; `exif` turns it upright as its EXIF orientation says.
 
     Raises:
-        BadImageError: truncated, too large, or no image at all.
-        ImageReadError: missing or unreadable, after a few attempts where waiting may help.
+        BadImageError: truncated, too large, or no image at all; it names `name`.
+        ImageReadError: too little memory.
     """
-    name = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return decode_rgb(read_file(path, name), name, exif)
-
-
-def decode_rgb(data: bytes, name: str, exif: bool = False) -> Image.Image:
-    """The image that `data` holds, in mode RGB; `name` is for the error. Raises as `open_rgb`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images and odd metadata, which change no pixel
@@ -121,7 +115,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_file(path: str | bytes | os.PathLike[str], name: str) -> bytes:
-    """All bytes of a regular file."""
+    """All bytes of a regular file.
+
+    Raises:
+        ImageReadError: missing or unreadable, after a few attempts where waiting may help; it names `name`.
+        BadImageError: more than MAX_BYTES.
+    """
     for wait in (*RETRY_WAITS_S, None):
         try:
             with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:

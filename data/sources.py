@@ -43,7 +43,7 @@ class Source(Protocol):
         """Printable name of an image: its path below the split's folder."""
 
     def load(self, index: int) -> Image.Image:
-        """The decoded RGB image; raises what `data.decode.open_rgb` does, which names the file."""
+        """The decoded RGB image; raises what `data.decode` does, which names the file."""
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from PIL import Image, ImageCms
 
 from data import decode
 from data.config import DataConfig
-from data.decode import BadImageError, ImageReadError, decode_rgb, open_rgb
+from data.decode import BadImageError, ImageReadError, decode_rgb, read_file
 from data.sources import open_source
 from scripts.faults.images import fuzz_decoder
 
@@ -33,6 +33,10 @@ def _palette() -> Image.Image:
     image.putpalette([200, 0, 0, 1, 2, 3, 0, 0, 0])
     image.putdata([0, 1, 2])
     return image
+
+
+def open_rgb(path: Path, exif: bool = False) -> Image.Image:
+    return decode_rgb(read_file(path, str(path)), str(path), exif)
 
 
 def pixels(image: Image.Image) -> list[tuple[int, ...]]:
