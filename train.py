@@ -6,12 +6,11 @@ every key; `experiment=digits` runs anywhere.
 
 from data.preflight import check_validation
 from data.sources import open_sources
-from vip import config, estimate, run_folder
+from vip import config, estimate, micro_batch, run_folder
 from vip.config import RunConfig
 from vip.distributed import connect
 from vip.engine import Trainer
 from vip.parts import build
-from vip.plan import make_plan
 from vip.preemption import StopRequest
 from vip.preflight import check_space
 
@@ -30,8 +29,8 @@ def fit(run: RunConfig, stop: StopRequest) -> bool:
     """Train from where the run stands; True where it reached its end."""
     train_set, val_set = open_sources(run.data)
     with connect() as world, run_folder.held(run, world) as console:
-        plan = make_plan(run.batch_size, run.micro_batch, world.size, len(train_set), run.total_epochs, run.max_steps)
         found = run_folder.find_start(run, world, console)
+        run, plan = micro_batch.settle(run, world, world.size, train_set, found)
         is_fresh = found is None
         parts = build(run, plan, world, train_set, val_set, run.weights if is_fresh else None, console.print)
         trainer = Trainer(run, plan, world, parts, stop, console.print)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from vip import checkpoint, config
 from vip.checkpoint import CheckpointError
-from vip.config import ConfigError, RunConfig, one_line_errors
+from vip.config import ConfigError, RunConfig
+from vip.ranks import one_line_errors
 from vip.tracking.jsonl import read_lines
 
 GROUPS = ("model", "ema", "optimizer")

@@ -27,8 +27,9 @@ from rich.text import Text
 
 from scripts.checks import folder, machine, planned, ranks, speed, wandb_server
 from scripts.checks.row import LOOK_THERE, Check, Finding, Row, Setup, carry_out, merge, refusal, worst
-from vip.config import RunConfig, compose, one_line_errors, parse
+from vip.config import RunConfig, compose, parse
 from vip.distributed import World, connect
+from vip.ranks import one_line_errors
 
 # A large tree takes minutes to list, and ranks that have joined wait for one another no longer than that.
 BEFORE_JOINING: Sequence[Check] = (planned.data,)

@@ -30,6 +30,7 @@ from vip.engine import seed_step
 from vip.models.build import build_model, input_spec
 from vip.plan import make_plan
 from vip.precision import Precision
+from vip.ranks import one_line_errors
 from vip.stochastic_depth import rate_at, set_drop_path_rate
 
 SHOWN = 5  # names in a list
@@ -53,6 +54,7 @@ class Replay:
         self.spec = input_spec(self.run.model, self.model)
         self.normalize = Normalize(self.spec.mean, self.spec.std, self.device, self.run.channels_last)
         run = self.run
+        assert run.micro_batch != "auto", "a checkpoint holds the number that was found"
         plan = make_plan(
             run.batch_size, run.micro_batch, self.world_size, len(self.source), run.total_epochs, run.max_steps
         )
@@ -140,5 +142,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with config.one_line_errors():
+    with one_line_errors():
         main()

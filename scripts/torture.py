@@ -27,7 +27,8 @@ from rich.table import Table
 from scripts.faults import blackhole, damage, disk, images, resume, storm
 from scripts.faults import hostile as attacks
 from scripts.faults.launch import Numbers, UnavailableError
-from vip.config import ConfigError, one_line_errors
+from vip.config import ConfigError
+from vip.ranks import one_line_errors
 
 
 def decode(count: int, folder: Path) -> Numbers:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import vip  # noqa: F401 - registers vip_tiny
 from data.batch import Batch
+from data.finish import Normalize
 from data.sources import SyntheticSource
 from tests.test_evaluate import ALONE, FP32, batches
 from vip import checkpoint, config
@@ -26,7 +27,8 @@ from vip.optim import build_optimizer
 from vip.plan import make_plan
 from vip.schedule import lr_at
 from vip.stochastic_depth import DropPath, rate_at
-from vip.tracking import Fanout, Record
+from vip.tracking import Fanout, Record, View
+from vip.views import Views
 
 NUM_IMAGES, CLASSES, SIDE = 70, 5, 8
 
@@ -41,9 +43,13 @@ class Recorder:
 
     def __init__(self) -> None:
         self.records: list[tuple[int, Record]] = []
+        self.views: list[tuple[int, View]] = []
 
     def log(self, step: int, record: Record) -> None:
         self.records.append((step, record))
+
+    def show(self, step: int, view: View) -> None:
+        self.views.append((step, view))
 
     def rewind(self, step: int) -> None:
         self.records = [(s, record) for s, record in self.records if s <= step]
@@ -93,6 +99,7 @@ def trainer_of(run: RunConfig, model: nn.Module, dtype: torch.dtype = torch.floa
         make_plan(run.batch_size, run.micro_batch, 1, NUM_IMAGES, run.total_epochs, run.max_steps),
     )
     model.to(dtype)
+    source = SyntheticSource(NUM_IMAGES, CLASSES, "train")
 
     def normalise(images: Tensor) -> Tensor:
         return images.to(dtype) / 255 - 0.5
@@ -114,7 +121,8 @@ def trainer_of(run: RunConfig, model: nn.Module, dtype: torch.dtype = torch.floa
         evaluate=lambda net: evaluate(
             net, batches(data.images, data.labels, 32), NUM_IMAGES, normalise, FP32, ALONE
         ),
-        bad_images=BadImages(run.folder, SyntheticSource(NUM_IMAGES, CLASSES, "train"), 0.1, print),
+        bad_images=BadImages(run.folder, source, 0.1, print),
+        views=Views(source, Normalize((0.5,) * 3, (1.0,) * 3, ALONE.device)),
         fingerprint={"model": "test"},
         image_size=(side, side),
     )  # fmt: skip

@@ -8,11 +8,8 @@ side effects; `-m` and Hydra's own flags go through `hydra.main`.
 import dataclasses
 import itertools
 import json
-import os
 import re
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,20 +24,23 @@ from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from data.config import AugmentConfig, DataConfig
 from vip.models.build import ModelConfig
 from vip.optim import OptimizerConfig
 from vip.precision import PrecisionConfig
+from vip.ranks import one_line_errors, settle_ranks
 from vip.redact import redact
 from vip.schedule import ScheduleConfig
 from vip.schema import as_yaml, first_problem, flatten, near, walk
+from vip.tracking.base import Text, TrackingConfig
 
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
-Text = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value)]
 Schema = TypeVar("Schema")
 HYDRA_FLAGS = ("-m", "--multirun", "-c", "--cfg", "-p", "--package", "--resolve", "--info", "--hydra-help", "--version")
+# As people type them: `--quiet` is every tool's word, and a batch that is to fit is one of the devices, not of the recipe.
+ALIASES = {"--quiet": "console=quiet", "batch_size=auto": "micro_batch=auto"}
 # Where Hydra would call, import or set what a configuration names: (key, the only value that is let through).
 HYDRA_HANDS: dict[str, Any] = {
     "callbacks": {},
@@ -57,17 +57,6 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
-class TrackingConfig:
-    kind: Annotated[
-        Literal["local", "wandb"], Field(description="local: metrics.jsonl and the console; wandb: W&B as well")
-    ]
-    mode: Annotated[Literal["online", "offline"], Field(description="wandb: send now, or keep for `wandb sync`")] = (
-        "online"
-    )
-    project: Annotated[Text, Field(description="wandb: the project's name")] = "vision-permutator"
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """One training run, complete."""
 
@@ -80,8 +69,10 @@ class RunConfig:
     ]
     batch_size: Annotated[int, Field(ge=1, description="images in one optimizer step, over all processes")]
     micro_batch: Annotated[
-        int | None,
-        Field(ge=1, description="images a process takes in one pass, the rest by accumulation; null: all at once"),
+        Annotated[int, Field(ge=1)] | Literal["auto"] | None,
+        Field(
+            description="images a process takes in one pass, the rest by accumulation; null: all; auto: what memory allows"
+        ),
     ]
     resume: Annotated[
         Text,
@@ -119,6 +110,9 @@ class RunConfig:
         ),
     ]
     compile: Annotated[bool, Field(description="torch.compile the network's blocks")]
+    compress_gradients: Annotated[
+        bool, Field(description="ranks exchange gradients in fp16: half the traffic, for slow networks between nodes")
+    ]
     channels_last: Annotated[bool, Field(description="channels-last memory format (convolutional networks)")]
     model: ModelConfig
     data: DataConfig
@@ -127,6 +121,13 @@ class RunConfig:
     schedule: ScheduleConfig
     precision: PrecisionConfig
     tracking: TrackingConfig
+    console: Annotated[
+        Literal["auto", "plain", "quiet"],
+        Field(
+            description="auto: a progress bar on a terminal, lines in a log; plain: lines; quiet: warnings and the end"
+        ),
+    ] = "auto"
+    profile: Annotated[bool, Field(description="record steps 10 to 20, and say where their time goes")] = False
     plan: Annotated[
         bool, Field(description="say what the run would take, in hours, memory and disk, and train nothing")
     ] = False
@@ -225,7 +226,10 @@ def parse(schema: type[Schema], values: dict[str, Any]) -> Schema:
 
 def run(config_name: str, schema: type[Schema], task: Callable[[Schema], None]) -> None:
     """Entry point: compose, check, `task(config)`. A user's error is one line on stderr and exit status 2."""
+    if config_name == "train":
+        sys.argv[1:] = [ALIASES.get(argument, argument) for argument in sys.argv[1:]]
     arguments = sys.argv[1:]
+    settle_ranks()
     if any(a in ("-h", "--help") for a in arguments):
         from vip.help import print_help  # needs this module
 
@@ -236,45 +240,6 @@ def run(config_name: str, schema: type[Schema], task: Callable[[Schema], None]) 
         return
     with one_line_errors():
         task(parse(schema, compose(config_name, arguments)))
-
-
-class one_line_errors:  # noqa: N801 - a context manager, used like a function
-    """What a user can cause (ValueError, OSError) becomes one line and exit status 2.
-
-    Anything else is a bug and keeps its traceback; HYDRA_FULL_ERROR=1 shows one for the user's errors as well.
-    """
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            raise SystemExit(130) from None
-        if not isinstance(error, ValueError | OSError):
-            return
-        rank = os.environ.get("RANK", "0")
-        # scripts/launch.sh looks there: an error of the user's, unlike a lost peer, is no reason to start the ranks again.
-        notes = os.environ.get("LAUNCH_NOTES")
-        refused = Path(notes) / "refused" if notes else None
-        if rank != "0" and isinstance(error, ValueError | ConnectionError) and _rank_0_speaks(refused, error):
-            raise SystemExit(0) from None
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            traceback.print_exception(error)
-        where = "" if rank == "0" else f"[rank {rank}] "
-        said = f"{where}{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}"
-        print(said, file=sys.stderr, flush=True)
-        if refused is not None and isinstance(error, ValueError):
-            refused.touch()
-            raise SystemExit(0) from None
-        raise SystemExit(2) from None
-
-
-def _rank_0_speaks(refused: Path | None, error: Exception) -> bool:
-    """Whether rank 0 says the same. It does so at once, and is heard; alone, torchrun ends this process meanwhile."""
-    deadline = time.monotonic() + (15 if isinstance(error, ValueError) else 0)
-    while not (seen := refused is not None and refused.exists()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return seen
 
 
 def departures(config: RunConfig) -> list[str]:

@@ -10,13 +10,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from data.parent import die_with_parent
@@ -59,17 +60,42 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """DistributedDataParallel where there is more than one process; buffers follow rank 0 where the network has any."""
+    def wrap(self, model: nn.Module, compress_gradients: bool = False) -> nn.Module:
+        """DistributedDataParallel where there is more than one process; buffers follow rank 0 where the network has any.
+
+        `compress_gradients`: they are averaged in fp16.
+        """
         if self.size == 1:
             return model
         has_state_buffers = any(name in model.state_dict() for name, _ in model.named_buffers())
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             model,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             broadcast_buffers=has_state_buffers,
             gradient_as_bucket_view=True,
+            static_graph=True,  # every step uses the same parameters: they are not looked for again
         )
+        if compress_gradients:
+            wrapped.register_comm_hook(None, fp16_compress_hook)
+        return wrapped
+
+    def settle_buckets(
+        self, wrapped: nn.Module, images: Tensor, autocast: Callable[[], contextlib.AbstractContextManager[None]]
+    ) -> None:
+        """Passes without a step: DDP orders its buckets after the second backward of a static graph, and sums of three and
+        more ranks depend on the order, so an interrupted run must not meet a first step that an untouched run met long
+        before. Leaves gradients."""
+        if self.size == 1:
+            return
+        buffers = {name: buffer.clone() for name, buffer in wrapped.named_buffers()}
+        wrapped.train()
+        for _ in range(2):
+            with autocast():
+                logits = wrapped(images)
+            (logits.float().sum() * 0.0).backward()
+        with torch.no_grad():
+            for name, buffer in wrapped.named_buffers():
+                buffer.copy_(buffers[name])
 
     def ask(self, wish: bool) -> Vote:
         """Start a vote, between the hosts: no GPU waits for it. Every rank asks equally often."""

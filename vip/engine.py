@@ -25,14 +25,17 @@ from vip.bad_images import BadImages
 from vip.config import ConfigError, RunConfig, redacted
 from vip.distributed import Vote, World
 from vip.evaluate import Evaluation
+from vip.gates import GateMeans, means
 from vip.guard import BadStep, Guard
 from vip.metrics import DeviceSums
-from vip.optim import peak_lr, set_lr
+from vip.optim import clip_gradients, load_moments, peak_lr, set_lr
 from vip.plan import Plan
 from vip.precision import Precision
+from vip.profiling import Profile
 from vip.schedule import lr_at
 from vip.stochastic_depth import rate_at, set_drop_path_rate
 from vip.tracking import Fanout
+from vip.views import Views
 from vip.watch import Watch
 
 Finish = Callable[[Batch, int, int], tuple[Tensor, Tensor]]
@@ -57,6 +60,7 @@ class Parts:
     finish: Finish
     evaluate: Callable[[nn.Module], Evaluation]
     bad_images: BadImages
+    views: Views
     fingerprint: dict[str, Any]
     image_size: tuple[int, int]
 
@@ -104,17 +108,18 @@ class Trainer:
         self.writer = checkpoint.Writer(config.folder / "checkpoints", config.keep, warn)
         self.ema = ModelEmaV3(parts.model, decay=config.ema_decay) if config.ema_decay else None
         self.guard = Guard(parts.model, parts.optimizer, parts.precision.scaler)
-        self.wrapped = world.wrap(parts.model)
+        self.wrapped = world.wrap(parts.model, config.compress_gradients)
         self.peak_lr = peak_lr(config.optimizer, config.batch_size)
         self.drop_rate = -1.0
         self.num_dumps = 0
-        self.stopped = False
+        self.stopped = self.has_shown = False
+        self.full_speed: float | None = None  # images/s, if products alone took time, at the rate of a large one
 
     def resume(self, found: checkpoint.Checkpoint) -> None:
         """Take weights, moments, averages, scaler and position from a checkpoint of the same run."""
         state = found.state
         self.parts.model.load_state_dict(state["model"])
-        self._load_optimizer(state["optimizer"])
+        load_moments(self.parts.optimizer, state["optimizer"])
         if state["scaler"] and self.parts.precision.scaler.is_enabled():
             self.parts.precision.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:  # an average that was not kept before starts from the weights
@@ -124,9 +129,16 @@ class Trainer:
 
     def fit(self) -> Progress:
         """Train to the end of the plan, or to the step after which any rank asks to stop; validate and save on the way."""
+        world = self.world
+        self.profile = Profile(
+            self.config.folder, self.progress.step, world.device, world.rank, world.gather, self.config.profile
+        )
         with self.watch:
             try:
-                self._settle_buckets()
+                height, width = self.parts.image_size
+                images = torch.zeros(self.plan.micro_batch, 3, height, width, device=world.device)
+                world.settle_buckets(self.wrapped, images, self.parts.precision.autocast)
+                self.parts.optimizer.zero_grad(set_to_none=True)
                 if self._validation_due():  # the run was stopped before it could
                     self._save(self._validate())
                 while self.progress.step < self.plan.total_steps and not self.stopped:
@@ -148,17 +160,21 @@ class Trainer:
         """Steps until the end, or until a stop is asked for. Raises RollBack where the run must go back instead."""
         plan, progress = self.plan, self.progress
         sums = DeviceSums(SUMS, self.world)
-        batches = self.parts.batches(progress.step, progress.rollbacks)
+        batches = self.profile.watch(self.parts.batches(progress.step, progress.rollbacks))
         logged, started = progress.step, time.perf_counter()
         while progress.step < plan.total_steps:
             self.watch.step()
-            stop_vote = self.train_step(batches, progress.step, sums)
+            with self.profile.step():
+                stop_vote = self.train_step(batches, progress.step, sums)
             progress.step += 1
             stopping = stop_vote.result()
-            if stopping or progress.step == plan.total_steps or progress.step % self.config.log_every == 0:
+            run_ends = stopping or progress.step == plan.total_steps
+            if run_ends or progress.step % self.config.log_every == 0:
                 self._log_training(sums, progress.step - logged, started)
                 logged, started = progress.step, time.perf_counter()
             paused = time.perf_counter()
+            if said := self.profile.report(run_ends):
+                self.warn(said)
             self._between_steps(stopping)
             if stopping:
                 self.stopped = True
@@ -204,6 +220,9 @@ class Trainer:
                 parts.bad_images.note(batch.bad.tolist())
                 sums.add(bad_images=float(len(batch.bad)))
             images, targets = parts.finish(batch, step, micro)
+            if self.trackers and not self.has_shown:
+                self.has_shown = True
+                self.trackers.show(step, parts.views.samples(images, targets))
             with self._sync_gradients(micro == accumulation - 1):
                 with parts.precision.autocast():
                     logits = self.wrapped(images)
@@ -211,7 +230,7 @@ class Trainer:
                 step_loss += loss.detach() / accumulation
                 # Times one; but a loss that is not finite makes every gradient so, on every rank.
                 scaler.scale(loss * (1 + 0 * loss.detach()) / accumulation).backward()
-        norm = self._clip()
+        norm = clip_gradients(parts.model, parts.optimizer, scaler, self.config.optimizer.clip_grad)
         self._heed_outcome()
         stop_vote = self.world.ask(self.stop())
         finite = self.guard.update(step, seen, step_loss, norm)
@@ -279,29 +298,6 @@ class Trainer:
     def lr_at(self, step: int) -> float:
         return lr_at(self.config.schedule, self.peak_lr, step, self.plan.steps_per_epoch, self.config.epochs)
 
-    def _settle_buckets(self) -> None:
-        """One pass without a step: DDP orders its buckets after the first backward, and sums of three and more ranks depend
-        on the order, so an interrupted run must not meet a first step that an untouched run met long before."""
-        if self.world.size == 1:
-            return
-        buffers = {name: buffer.clone() for name, buffer in self.parts.model.named_buffers()}
-        height, width = self.parts.image_size
-        images = torch.zeros(self.plan.micro_batch, 3, height, width, device=self.world.device)
-        self.wrapped.train()
-        with self.parts.precision.autocast():
-            logits = self.wrapped(images)
-        (logits.float().sum() * 0.0).backward()
-        self.parts.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, buffer in self.parts.model.named_buffers():
-                buffer.copy_(buffers[name])
-
-    def _load_optimizer(self, saved: dict[str, Any]) -> None:
-        """Moments and counters from the checkpoint, every setting from the configuration (LAMB counts steps in its groups)."""
-        own_groups = self.parts.optimizer.state_dict()["param_groups"]
-        groups = [{**then, **now} for then, now in zip(saved["param_groups"], own_groups, strict=True)]
-        self.parts.optimizer.load_state_dict({**saved, "param_groups": groups})
-
     def state(self) -> dict[str, Any]:
         """Everything needed to go on, and to know what it belongs to."""
         return {
@@ -313,6 +309,7 @@ class Trainer:
             "progress": vars(self.progress),
             "fingerprint": self.parts.fingerprint,
             "config": redacted(self.config),
+            "class_names": self.parts.views.images.class_names,
         }
 
     def _sync_gradients(self, sync: bool) -> contextlib.AbstractContextManager[None]:
@@ -325,21 +322,6 @@ class Trainer:
         if rate != self.drop_rate:
             set_drop_path_rate(self.parts.model, rate, self.config.model.drop_path.over_depth)
             self.drop_rate = rate
-
-    def _clip(self) -> Tensor:
-        """L2 norm of all gradients, which lose their loss scale and are clipped to `optimizer.clip_grad` where that is set."""
-        parameters = [p for p in self.parts.model.parameters() if p.grad is not None]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm, scaler = nn.utils.get_total_norm(gradients), self.parts.precision.scaler
-        if scaler.is_enabled():
-            gradients[0].mul_(
-                torch.where(norm.isfinite(), 1.0, torch.nan)
-            )  # the scaler looks at gradients, not at the norm
-            scaler.unscale_(self.parts.optimizer)
-            norm = norm / scaler.scale(torch.ones_like(norm))
-        if self.config.optimizer.clip_grad:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.clip_grad, norm)
-        return norm
 
     def _log_training(self, sums: DeviceSums, steps: int, started: float) -> None:
         totals = sums.reduce()  # waits for the device, so the clock is read after it
@@ -355,23 +337,32 @@ class Trainer:
             "train/skipped_steps": steps - totals["finite_steps"] / self.world.size,
             "train/bad_images": totals["bad_images"],
         }
+        if self.full_speed:
+            record["train/mfu"] = record["train/images_per_s"] / self.full_speed
+        if self.parts.precision.scaler.is_enabled():
+            record["train/loss_scale"] = self.parts.precision.scaler.get_scale()
         self._log(record)
         self.parts.bad_images.count_in((step - 1) // self.plan.steps_per_epoch, int(totals["bad_images"]))
 
     def _validate(self) -> bool:
         """Validate the weights and, where there are, their averages (which then decide); True where top-1 is a new best."""
-        record = {f"val/{key}": value for key, value in self.parts.evaluate(self.parts.model).metrics().items()}
-        top1 = record["val/top1"]
-        if self.ema is not None:
-            averaged = self.parts.evaluate(self.ema.module).metrics()
-            record |= {f"val_ema/{key}": value for key, value in averaged.items()}
-            top1 = averaged["top1"]
-        improved = top1 > self.progress.best_top1
-        self.progress.best_top1 = max(top1, self.progress.best_top1)
-        record["val/best_top1"] = self.progress.best_top1
-        self.progress.last = record
-        self.progress.validated_step = self.progress.step
-        self._log(record)
+        progress, record = self.progress, dict[str, float]()
+        for prefix, weights, model in (
+            ("val", "raw", self.parts.model),
+            ("val_ema", "ema", self.ema and self.ema.module),
+        ):
+            if model is not None:
+                with GateMeans(model, self.world) as watched:
+                    result = self.parts.evaluate(model)
+                record |= {f"{prefix}/{key}": value for key, value in result.metrics().items()}
+                gates, validated = watched.result(), weights
+        improved = result.top1 > progress.best_top1
+        progress.best_top1 = max(result.top1, progress.best_top1)
+        progress.last = record | {"val/best_top1": progress.best_top1} | means(gates)
+        progress.validated_step = progress.step
+        self._log(progress.last)
+        if self.world.is_main:
+            self.trackers.show(progress.step, self.parts.views.validation(result, gates, validated))
         return improved
 
     def _log(self, record: dict[str, float]) -> None:

@@ -16,11 +16,11 @@ from rich.table import Table
 
 from data.config import IMAGENET
 from data.sources import NUM_CLASSES, Source, SyntheticSource, open_sources
-from vip import speed
+from vip import micro_batch, speed
 from vip.checkpoint import size_in_words
 from vip.config import RunConfig
 from vip.distributed import World, connect
-from vip.plan import Plan, make_plan
+from vip.plan import Plan
 from vip.scaling import EVAL_SPEED, NODES, OVERLAP, Scale, Work, ring_bytes, scale
 from vip.speed import CPU_PARAMETERS, Network, Speed
 
@@ -75,7 +75,7 @@ def _estimate(run: RunConfig, world: World, train_set: Source, val_set: Source, 
     on_gpu = world.device.type == "cuda"
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() if on_gpu else 1))
     num_processes = max(world.size, per_node)
-    plan = make_plan(run.batch_size, run.micro_batch, num_processes, len(train_set), run.total_epochs, run.max_steps)
+    run, plan = micro_batch.settle(run, world, num_processes, train_set)
     network = speed.count(run, len(train_set.class_names))
     batch, is_long = plan.micro_batch, False
     if not on_gpu:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
-from torch import nn
+from torch import Tensor, nn
 
 from vip import apex_kernels
 
@@ -77,6 +77,30 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, device: torch.dev
     # Assertions and missing imports: no GPU or library for it; the others: betas of 2, Nesterov without momentum ...
     except (AssertionError, ImportError, TypeError, ValueError) as error:
         raise ValueError(f"optimizer.name={config.name}: {error}; change its keys, or take optimizer=adamw") from error
+
+
+def clip_gradients(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, limit: float | None
+) -> Tensor:
+    """L2 norm of all gradients, which lose their loss scale and are clipped to `limit` where there is one."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if scaler.is_enabled():
+        # The scaler looks at gradients, not at the norm.
+        gradients[0].mul_(torch.where(norm.isfinite(), 1.0, torch.nan))
+        scaler.unscale_(optimizer)
+        norm = norm / scaler.scale(torch.ones_like(norm))
+    if limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Moments and counters from a checkpoint, every setting from the configuration (LAMB counts steps in its groups)."""
+    own_groups = optimizer.state_dict()["param_groups"]
+    groups = [{**then, **now} for then, now in zip(saved["param_groups"], own_groups, strict=True)]
+    optimizer.load_state_dict({**saved, "param_groups": groups})
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

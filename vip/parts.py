@@ -25,6 +25,7 @@ from vip.models.weights import keep_own_head, load_weights, unwrap_state_dict
 from vip.optim import build_optimizer
 from vip.plan import Plan
 from vip.precision import Precision
+from vip.views import Views
 
 
 def build(
@@ -60,14 +61,6 @@ def build(
         batches = eval_loader(val_set, transform, **share, **loading)
         return evaluate(network, batches, len(val_set), normalize, precision, world)
 
-    facts = {key: getattr(run, key) for key in ("batch_size", "seed", "compile")}
-    facts |= {
-        "optimizer": run.optimizer.name,
-        "world_size": world.size,
-        "precision": run.precision.name,
-        "decoder": decoder.name,
-        "block": block,
-    }
     return Parts(
         model=model,
         optimizer=build_optimizer(run.optimizer, model, world.device),
@@ -84,9 +77,22 @@ def build(
         finish=BatchFinisher(run.augment, num_classes, normalize, run.seed, world.rank).finish,
         evaluate=evaluate_network,
         bad_images=BadImages(run.folder, train_set, run.data.max_bad, warn),
-        fingerprint=checkpoint.fingerprint(run.model.name, num_classes, model) | facts,
+        views=Views(val_set, normalize),
+        fingerprint=checkpoint.fingerprint(run.model.name, num_classes, model)
+        | _circumstances(run, plan)
+        | {"decoder": decoder.name, "block": block},
         image_size=spec.size,
     )
+
+
+def _circumstances(run: RunConfig, plan: Plan) -> dict[str, Any]:
+    """What else decides the bits of a run, beside its network."""
+    return {key: getattr(run, key) for key in ("batch_size", "seed", "compile", "compress_gradients")} | {
+        "optimizer": run.optimizer.name,
+        "world_size": plan.world_size,
+        "micro_batch": plan.micro_batch,
+        "precision": run.precision.name,
+    }
 
 
 def order_seed(seed: int, rollbacks: int) -> int:

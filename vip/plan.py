@@ -39,7 +39,7 @@ def make_plan(
     if batch_size % world_size:
         lower = batch_size // world_size * world_size
         fits = ", ".join(str(n) for n in (lower, lower + world_size) if n)
-        counts = ", ".join(str(n) for n in _divisors(batch_size))
+        counts = ", ".join(str(n) for n in divisors(batch_size))
         raise ValueError(
             f"batch_size={batch_size}: does not divide over {world_size} processes; batch_size={fits} would, "
             f"or this batch on {counts} processes"
@@ -49,7 +49,7 @@ def make_plan(
     if per_rank % micro:
         raise ValueError(
             f"micro_batch={micro}: {per_rank} images a rank (batch_size={batch_size} over {world_size} processes) are no multiple "
-            f"of it; micro_batch can be {', '.join(str(n) for n in _divisors(per_rank))}"
+            f"of it; micro_batch can be {', '.join(str(n) for n in divisors(per_rank))}"
         )
     epoch_steps = steps_per_epoch(num_images, batch_size)
     total_steps = epoch_steps * total_epochs
@@ -64,5 +64,6 @@ def make_plan(
     )
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """In rising order."""
     return [n for n in range(1, number + 1) if number % n == 0]

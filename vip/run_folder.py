@@ -1,14 +1,16 @@
 """A run's folder, from outside the loop: where to start, what to say at the start and the end, who watches.
 
 runs/<name>/config.yaml      every key, resolved
-runs/<name>/metrics.jsonl    one JSON object a line
+runs/<name>/metrics.jsonl    numbers, one JSON object a line
+runs/<name>/views.jsonl      what there is to see beside them (vip/views.py)
+runs/<name>/report.html      both as a page, once the run has ended
+runs/<name>/code.diff        what the code differs by from its commit, if it does
 runs/<name>/checkpoints/     the newest and the best
 runs/<name>/bad_images.jsonl   training images that could not be decoded, if there were any
 runs/<name>/PREEMPTED        only while a signal has stopped the run: the step it was saved at
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from vip import checkpoint, config, preflight
+from vip import checkpoint, config, environment, mfu, preflight, views
 from vip.config import ConfigError, RunConfig
 from vip.distributed import World
 from vip.engine import Progress, Trainer
+from vip.page import write_report
 from vip.plan import Plan
-from vip.tracking import Fanout, Tracker
+from vip.tracking import Fanout, Tracker, View
 from vip.tracking.console import ConsoleTracker
 from vip.tracking.jsonl import JsonlTracker
 
 # A checkpoint that differs in one of these is of another run; in one of the others, the bits will differ.
 IDENTITY = ("model", "num_classes", "parameters", "optimizer", "batch_size", "seed", "block")
-CIRCUMSTANCES = ("world_size", "precision", "compile", "decoder")
+CIRCUMSTANCES = ("world_size", "micro_batch", "precision", "compile", "compress_gradients", "decoder")
 
 
 @contextlib.contextmanager
@@ -89,13 +92,14 @@ def _other_run(path: Path, world: World, console: Console) -> checkpoint.Checkpo
 
 def announce(run: RunConfig, plan: Plan, trainer: Trainer, num_images: tuple[int, int], console: Console) -> None:
     """Say in a few lines what is about to happen; `num_images` counts training and validation images."""
-    device = trainer.world.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({os.cpu_count()} cores)"
+    if run.console == "quiet":
+        return
     millions = sum(p.numel() for p in trainer.parts.model.parameters()) / 1e6
+    device = environment.device_name(trainer.world.device)
     height, width = trainer.parts.image_size
     facts = trainer.parts.fingerprint
     console.print(
-        f"network   {run.model.name}, {millions:.1f} M parameters, {height}x{width}, {run.precision.name} on {name}"
+        f"network   {run.model.name}, {millions:.1f} M parameters, {height}x{width}, {run.precision.name} on {device}"
     )
     console.print(f"data      {run.data.kind}: {num_images[0]:,} training and {num_images[1]:,} validation images, "
                   f"{facts['num_classes']} classes, decoder {facts['decoder']}")  # fmt: skip
@@ -108,16 +112,26 @@ def announce(run: RunConfig, plan: Plan, trainer: Trainer, num_images: tuple[int
 
 @contextlib.contextmanager
 def tracked(run: RunConfig, plan: Plan, trainer: Trainer, console: Console) -> Iterator[None]:
-    """Give the trainer its trackers (on rank 0) while it runs; an interruption ends in a line that says how to go on."""
+    """Give the trainer its trackers (on rank 0) while it runs; an interruption ends in a line that says how to go on.
+
+    A run that a signal has stopped leaves the file PREEMPTED with its step, for scripts to see.
+    """
     progress, status = trainer.progress, "failed"
     if trainer.world.is_main:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "PREEMPTED").unlink(missing_ok=True)
         (run.folder / "config.yaml").write_text(config.to_yaml(run))
+        environment.write_diff(run.folder / "code.diff")
         trainer.trackers = Fanout(_trackers(run, plan, progress, console))
+        trainer.trackers.show(progress.step, _start(run, plan, trainer))
+        parts = trainer.parts
+        rate = plan.world_size * mfu.matrix_rate(parts.precision.dtype, trainer.world.device)
+        trainer.full_speed = rate / mfu.step_flops(parts.model, parts.image_size)
     try:
         yield
         status = "done" if trainer.finished else "interrupted"
+        if status == "interrupted" and trainer.world.is_main:
+            (run.folder / "PREEMPTED").write_text(f"{progress.step}\n")
     except KeyboardInterrupt:
         status = "interrupted"
         console.print(
@@ -131,14 +145,14 @@ def tracked(run: RunConfig, plan: Plan, trainer: Trainer, console: Console) -> I
         ) from error
     finally:
         trainer.trackers.close(status)
+        if trainer.world.is_main:
+            _write_report(run.folder, console)
 
 
 def closing_words(run: RunConfig, trainer: Trainer, signal_name: str | None) -> str:
-    """The last lines on the console; a run that was stopped leaves the file PREEMPTED with its step, for scripts to see."""
+    """The last lines on the console."""
     progress = trainer.progress
     if not trainer.finished:
-        if trainer.world.is_main:
-            (run.folder / "PREEMPTED").write_text(f"{progress.step}\n")
         return f"stopped by {signal_name or 'a signal to another rank'}, saved at step {progress.step}; the same command goes on"
     top1 = progress.last.get("val_ema/top1", progress.last["val/top1"])  # averaged weights decide where there are any
     return (
@@ -147,22 +161,40 @@ def closing_words(run: RunConfig, trainer: Trainer, signal_name: str | None) -> 
     )
 
 
+def _write_report(folder: Path, console: Console) -> None:
+    try:
+        write_report([folder], folder / "report.html")
+        console.print(f"report: {folder / 'report.html'}")
+    except Exception as error:  # whatever it is, it is no reason for a run to end otherwise
+        console.print(f"warning: no report ({error}); python scripts/report.py {folder} tries again")
+
+
+def _start(run: RunConfig, plan: Plan, trainer: Trainer) -> View:
+    return views.start(
+        world_size=plan.world_size,
+        total_steps=plan.total_steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        classes=trainer.parts.views.images.class_names,
+        num_parameters=sum(p.numel() for p in trainer.parts.model.parameters()),
+        departures=config.departures(run),
+        environment=environment.describe(trainer.world.device),
+    )
+
+
 def _trackers(run: RunConfig, plan: Plan, progress: Progress, console: Console) -> list[Tracker]:
     trackers: list[Tracker] = [
-        JsonlTracker(run.folder / "metrics.jsonl", progress.step),
-        ConsoleTracker(plan, progress.step, console),
+        JsonlTracker(run.folder, progress.step),
+        ConsoleTracker(plan, progress.step, console, run.console, lambda: progress.step),
     ]
     if run.tracking.kind == "wandb":
         from vip.tracking.wandb_run import WandbTracker
 
-        tracker = WandbTracker(
-            run.tracking.mode,
-            run.tracking.project,
-            run.name,
-            run.folder,
-            config.redacted(run),
-            progress.tracking.get("wandb"),
-        )
+        known_id = progress.tracking.get("wandb")
+        tracker = WandbTracker(run.tracking, run.name, run.folder, config.redacted(run), known_id)
         progress.tracking["wandb"] = tracker.run_id
         trackers.append(tracker)
+    if run.tracking.kind == "tensorboard":
+        from vip.tracking.tensorboard import TensorBoardTracker
+
+        trackers.append(TensorBoardTracker(run.folder, progress.step))
     return trackers

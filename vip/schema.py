@@ -74,7 +74,7 @@ def _type_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " | ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
-        return f"[{', '.join(_type_name(part) for part in get_args(kind))}]"
+        return f"[{', '.join('...' if part is ... else _type_name(part) for part in get_args(kind))}]"
     if get_origin(kind) in (UnionType, Union):
         return " or ".join(_type_name(part) for part in get_args(kind))
     return "null" if kind is NoneType else kind.__name__

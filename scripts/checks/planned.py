@@ -8,11 +8,11 @@ import torch
 
 from data import decoders, native
 from data.config import IMAGENET
-from data.sources import NUM_CLASSES, open_sources
+from data.sources import NUM_CLASSES, SyntheticSource, open_sources
 from scripts.checks.row import Row, Setup
+from vip import micro_batch
 from vip.models.build import build_model, input_spec
 from vip.optim import APEX, build_optimizer
-from vip.plan import make_plan
 from vip.precision import Precision
 
 IMAGENET_COUNTS = (IMAGENET["train"], IMAGENET["val"])
@@ -51,11 +51,9 @@ def decoder(setup: Setup) -> Iterator[Row]:
 
 
 def batch(setup: Setup) -> Iterator[Row]:
-    run, images = setup.run, setup.train_set
-    num_images = run.batch_size if images is None else len(images)  # without data only the sharing out is checked
-    setup.plan = make_plan(
-        run.batch_size, run.micro_batch, setup.num_processes, num_images, run.total_epochs, run.max_steps
-    )
+    images = setup.train_set
+    some = images or SyntheticSource(setup.run.batch_size, 1000, "train")  # without data only the sharing out is checked
+    setup.run, setup.plan = micro_batch.settle(setup.run, setup.world, setup.num_processes, some)
     described = setup.plan.describe()
     yield Row("ok", described if images is not None else described.partition(";")[0])
 

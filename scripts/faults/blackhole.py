@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from scripts.faults.launch import Numbers
+from vip.tracking import TrackingConfig
 from vip.tracking.wandb_run import WandbTracker
 
 FAKE_KEY = "0123456789abcdef" * 2 + "01234567"  # W&B's form, nobody's key
@@ -61,8 +62,8 @@ def measure_delay() -> Numbers:
         for kind, url in (("offline", silent_url), ("black_hole", silent_url), ("refused", refusing_url())):
             with account(url), tempfile.TemporaryDirectory() as folder:
                 begun = time.monotonic()
-                mode = "offline" if kind == "offline" else "online"
-                tracker = WandbTracker(mode, "vip", "delay", Path(folder), {}, None)  # type: ignore[arg-type]
+                tracking = TrackingConfig("wandb", "offline" if kind == "offline" else "online", "vip")
+                tracker = WandbTracker(tracking, "delay", Path(folder), {}, None)
                 started = time.monotonic()
                 tracker.log(1, {"train/loss": 1.0})
                 tracker.close("done")

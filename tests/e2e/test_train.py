@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import Run, command, run_launch
+from tests.conftest import Run, command, run_launch, run_ranks
 from vip import checkpoint
 
 pytestmark = pytest.mark.e2e
@@ -26,7 +26,8 @@ def test_a_run_leaves_metrics_config_and_checkpoints(trained: Path) -> None:
     assert yaml.safe_load((trained / "config.yaml").read_text())["model"]["name"] == "vip_tiny"
     names = sorted(path.name for path in (trained / "checkpoints").iterdir())
     assert names == ["best.safetensors", "step_0000000022.safetensors", "step_0000000044.safetensors"]
-    assert sorted(path.name for path in trained.iterdir()) == [".lock", "checkpoints", "config.yaml", "metrics.jsonl"]
+    left = {path.name for path in trained.iterdir()} - {"code.diff"}  # which a clean checkout does not have
+    assert left == {".lock", "checkpoints", "config.yaml", "metrics.jsonl", "report.html", "views.jsonl"}
     assert [path.name for path in trained.parent.iterdir()] == ["short"], "Hydra must leave nothing behind"
 
 
@@ -34,6 +35,44 @@ def test_only_rank_0_speaks_and_says_what_comes_next(trained: Path) -> None:
     said = (trained.parents[1] / "stdout.txt").read_text()
     assert said.count("64 images a step = 2 processes x 1 pass x 32; 44 steps, 22 an epoch") == 1
     assert "next: python eval.py checkpoint=runs/short" in said
+
+
+def test_quiet_tells_the_end_alone(run: Run, tmp_path: Path, digits: Path) -> None:
+    said = run(
+        "train.py",
+        "--quiet",
+        "experiment=digits",
+        f"data.root={digits}",
+        "max_steps=3",
+        "log_every=1",
+        "data.workers=0",
+    )
+    lines = said.stdout.splitlines()
+    assert lines[0].startswith("╭")
+    assert [line.split(":")[0] for line in lines if line[0] not in "╭│╰"] == ["report", "done", "next"]
+    assert "step 3 of 3" in said.stdout
+    assert said.stderr == ""
+    assert len((tmp_path / "runs/digits/metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_the_report_of_a_run_comes_with_its_end(trained: Path) -> None:
+    page = (trained / "report.html").read_text()
+    top1 = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()][-1]["val_ema/top1"]
+    assert f"{top1:.2f}" in page
+    assert "report: runs/short/report.html" in (trained.parents[1] / "stdout.txt").read_text()
+
+
+def test_gradients_exchanged_in_fp16_train_as_well(tmp_path: Path, digits: Path) -> None:
+    arguments = ("experiment=digits", f"data.root={digits}", "epochs=2", "schedule.warmup_epochs=1", "log_every=1")
+    ends = []
+    for name, compressed in (("plain", "false"), ("half", "true")):
+        done = run_ranks("train.py", (*arguments, f"compress_gradients={compressed}", f"name={name}"), 2, tmp_path)
+        assert done.returncode == 0, done.stdout
+        lines = [json.loads(line) for line in (tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+        ends.append([line["train/loss"] for line in lines if "train/loss" in line])
+    assert ends[0][0] == ends[1][0], "the first loss is before any exchange"
+    assert ends[0][1:] != ends[1][1:]
+    assert ends[1] == pytest.approx(ends[0], rel=0.05)
 
 
 def test_a_finished_run_is_not_trained_again(run: Run, tmp_path: Path, digits: Path) -> None:

@@ -1,5 +1,5 @@
-"""Trackers: what a run tells and to whom. The only place that imports wandb."""
+"""Trackers: what a run tells and to whom. The only place that imports wandb and TensorBoard."""
 
-from vip.tracking.base import Fanout, Record, Tracker
+from vip.tracking.base import Fanout, Record, Tracker, TrackingConfig, View
 
-__all__ = ["Fanout", "Record", "Tracker"]
+__all__ = ["Fanout", "Record", "Tracker", "TrackingConfig", "View"]
