@@ -6,16 +6,21 @@ from collections.abc import Callable, Mapping
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], int]], rounds: int, clock: Callable[[], float] = time.process_time
+    candidates: Mapping[str, Callable[[], int]],
+    rounds: int,
+    clock: Callable[[], float] = time.process_time,
+    warm_up: bool = True,
 ) -> dict[str, float]:
     """Items per second of each candidate, the median over `rounds`.
 
     Args:
-        candidates: each call does some work and returns how many items it was; called once before to warm up.
+        candidates: each call does some work and returns how many items it was.
         clock: `time.process_time` counts this process' cores, `time.perf_counter` the wall's.
+        warm_up: call each once before.
     """
-    for work in candidates.values():
-        work()
+    if warm_up:
+        for work in candidates.values():
+            work()
     speeds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, work in candidates.items():

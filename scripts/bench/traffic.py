@@ -45,14 +45,21 @@ def count(
     build: Callable[[], nn.Module], batch: int, dtype: torch.dtype, size: tuple[int, int] = (224, 224)
 ) -> Counter[str]:
     """Bytes per image and category of a forward and a backward pass, in CUDA's autocast to `dtype` unless that is float32."""
-    with FakeTensorMode():
-        model = build().train()
+    model = without_values(build)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu").train()
         images = torch.empty(batch, 3, *size)
         with _Traffic() as traffic:
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), _CudaRules():
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), CudaRules():
                 logits = model(images)
             F.cross_entropy(logits.float(), torch.empty(logits.shape)).backward()
     return Counter({name: num_bytes // batch for name, num_bytes in traffic.num_bytes.items()})
+
+
+def without_values(build: Callable[[], nn.Module]) -> nn.Module:
+    """A network on the meta device, since building it on fake tensors fails where values are read, as timm's do."""
+    with torch.device("meta"):
+        return build()
 
 
 class _Traffic(TorchDispatchMode):
@@ -82,7 +89,7 @@ def _size(tensor: Tensor) -> int:
     return size
 
 
-class _CudaRules(TorchFunctionMode):
+class CudaRules(TorchFunctionMode):
     """The rules that CUDA's autocast has beyond the CPU's: norms, softmax and sums in float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

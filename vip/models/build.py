@@ -11,7 +11,8 @@ from torch import nn
 
 from vip import apex_kernels
 from vip.models.permutator import PermutatorBlock, VisionPermutator
-from vip.stochastic_depth import StochasticDepthConfig
+from vip.models.variants import VARIANTS
+from vip.stochastic_depth import StochasticDepthConfig, SubsetDropPath
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,13 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     options: dict[str, Any] = {"num_classes": num_classes, "drop_rate": config.drop_rate}
     if config.drop_path.rate:
         options["drop_path_rate"] = config.drop_path.rate
+    if config.drop_path.mode == "subset":
+        if config.name not in VARIANTS:
+            raise ValueError(
+                f"model.drop_path.mode=subset: {config.name} computes what it drops, only vip_* can skip it; "
+                "set model.drop_path.mode=bernoulli"
+            )
+        options["drop_path_mode"] = "subset"
     if config.mixer is not None:
         options["mixer"] = config.mixer
     if config.img_size is not None and _takes_img_size(config.name):
@@ -94,7 +102,8 @@ def compile_model(model: nn.Module) -> None:
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     for module in model.modules():
         if isinstance(module, PermutatorBlock):
-            module.compile(dynamic=False)
+            skips = isinstance(module.drop_path, SubsetDropPath)
+            (module.drop_path if skips else module).compile(dynamic=False)
 
 
 def _fuse_norms(model: nn.Module, name: str) -> None:

@@ -18,13 +18,16 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, to_2tuple
+from timm.layers import to_2tuple
 from timm.models import checkpoint, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from vip.models.checks import check_choice, check_img_size, nearest
 from vip.models.norm import LayerNorm
-from vip.stochastic_depth import DropPath, depth_rates
+from vip.models.recompute import Mlp, regroup, regroup_back, regrouped_linear
+from vip.stochastic_depth import Mode as DropPathMode
+from vip.stochastic_depth import SubsetDropPath, build_drop_path, depth_rates
 
 Mixer = Literal["weighted", "plain"]
 
@@ -91,13 +94,17 @@ class PermuteMlp(nn.Module):
 
     def mix_rows(self, x: Tensor) -> Tensor:
         """x_h: mixes the rows of each column and segment. (B, H, W, N, S) -> a permuted view of that shape."""
-        B, H, W, N, S = x.shape
-        return self.mlp_h(x.permute(0, 2, 3, 1, 4).reshape(B, W, N, H * S)).view(B, W, N, H, S).permute(0, 3, 1, 2, 4)
+        axes = [0, 2, 3, 1, 4]
+        if torch.jit.is_scripting():
+            return regroup_back(self.mlp_h(regroup(x, axes)), x, axes)
+        return regrouped_linear(x, self.mlp_h, axes)
 
     def mix_columns(self, x: Tensor) -> Tensor:
         """x_w: mixes the columns of each row and segment. (B, H, W, N, S) -> a permuted view of that shape."""
-        B, H, W, N, S = x.shape
-        return self.mlp_w(x.permute(0, 1, 3, 2, 4).reshape(B, H, N, W * S)).view(B, H, N, W, S).permute(0, 1, 3, 2, 4)
+        axes = [0, 1, 3, 2, 4]
+        if torch.jit.is_scripting():
+            return regroup_back(self.mlp_w(regroup(x, axes)), x, axes)
+        return regrouped_linear(x, self.mlp_w, axes)
 
     def mix_channels(self, x: Tensor) -> Tensor:
         """x_c: mixes the channels of each token. (B, H, W, N, S) -> (B, H, W, N, S)."""
@@ -135,6 +142,9 @@ class PermutatorBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
+        if not torch.jit.is_scripting() and self.training and isinstance(self.drop_path, SubsetDropPath):
+            x = self.drop_path.add(x, self.norm1, self.attn)
+            return self.drop_path.add(x, self.norm2, self.mlp)
         x = self.add(x, self.attn(self.norm1(x)))
         return self.add(x, self.mlp(self.norm2(x)))
 
@@ -143,7 +153,7 @@ class PermutatorBlock(nn.Module):
         if not self.drops or not self.training:
             return x + branch
         ones = torch.ones((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device)
-        scale = self.drop_path(ones)  # of each sample: 0 or 1 / (1 - rate)
+        scale = self.drop_path(ones)  # of each sample: 0, or what keeps the expectation
         return torch.addcmul(x, branch, scale)
 
 
@@ -160,6 +170,7 @@ class VisionPermutator(nn.Module):
         mlp_ratio: hidden width of the channel MLPs over C.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth of the deepest block, growing linearly from 0 at the first; 0 builds none.
+        drop_path_mode: "bernoulli" (published), or "subset" to skip what is dropped.
         device, dtype: of the parameters, as in torch.nn.
 
     Raises:
@@ -180,12 +191,14 @@ class VisionPermutator(nn.Module):
         mlp_ratio: float = 3.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        drop_path_mode: DropPathMode = "bernoulli",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_choice("mixer", mixer, get_args(Mixer))
-        _check_choice("global_pool", global_pool, ("avg", ""))
+        check_choice("mixer", mixer, get_args(Mixer))
+        check_choice("global_pool", global_pool, ("avg", ""))
+        check_choice("drop_path_mode", drop_path_mode, get_args(DropPathMode))
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -195,7 +208,7 @@ class VisionPermutator(nn.Module):
         num_merges = sum(stage.dim != previous.dim for previous, stage in pairwise(stages))
         self.stride = patch_size * 2**num_merges  # pixels per side of a token of the last stage
         self.height, self.width = to_2tuple(img_size)
-        _check_img_size(self.height, self.width, self.stride)
+        check_img_size(self.height, self.width, self.stride)
 
         self.patch_embed = PatchProjection(in_chans, stages[0].dim, patch_size, **factory)
         rates = iter(depth_rates(drop_path_rate, sum(stage.depth for stage in stages)))
@@ -212,7 +225,7 @@ class VisionPermutator(nn.Module):
                     dim,
                     PermuteMlp(dim, stage.segment_dim, grid, mixer, **factory),
                     mlp_ratio,
-                    DropPath(next(rates), device) if drop_path_rate > 0 else nn.Identity(),
+                    build_drop_path(next(rates), drop_path_mode, device) if drop_path_rate > 0 else nn.Identity(),
                     **factory,
                 )
                 for _ in range(stage.depth)
@@ -257,7 +270,7 @@ class VisionPermutator(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh head for `num_classes`, or none for 0."""
         if global_pool is not None:
-            _check_choice("global_pool", global_pool, ("avg", ""))
+            check_choice("global_pool", global_pool, ("avg", ""))
             self.global_pool = global_pool
         self.num_classes = num_classes
         like = self.patch_embed.proj.weight
@@ -286,7 +299,7 @@ class VisionPermutator(nn.Module):
             output_fmt: "NCHW" or "NHWC".
             intermediates_only: leave out the final features.
         """
-        _check_choice("output_fmt", output_fmt, ("NCHW", "NHWC"))
+        check_choice("output_fmt", output_fmt, ("NCHW", "NHWC"))
         taken, last = feature_take_indices(len(self.feature_info), indices)
         ends = self._stage_ends()
         network = list(self.network)[: ends[last] + 1 if stop_early else None]
@@ -365,27 +378,6 @@ class VisionPermutator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, height, width) -> logits (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
-
-
-def nearest(length: int, stride: int) -> str:
-    """The one or two multiples of `stride` around `length` pixels, in words."""
-    below = length // stride * stride
-    if below == length:
-        return f"{below}"
-    return f"{below} and {below + stride}" if below > 0 else f"{stride}"
-
-
-def _check_img_size(height: int, width: int, stride: int) -> None:
-    if height < stride or width < stride or height % stride or width % stride:
-        raise ValueError(
-            f"img_size=({height}, {width}) does not divide into {stride} x {stride} pixels, the patch and its "
-            f"mergings: the nearest heights are {nearest(height, stride)}, the nearest widths {nearest(width, stride)}"
-        )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown: give one of {', '.join(map(repr, choices))}")
 
 
 def _init_weights(module: nn.Module) -> None:

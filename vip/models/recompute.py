@@ -1,0 +1,112 @@
+"""Linear layers that store less: what they multiply is computed again in the backward pass.
+
+A linear layer keeps its input for the gradient of its weights. Where that input is a cheap function of a tensor that is kept
+anyway (GELU of the hidden layer, which GELU keeps itself; a regrouping of the tokens, which three branches share) the
+layers below keep that tensor alone. A compiler makes such choices by itself and sees plain operations.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp as TimmMlp
+from torch import Tensor, nn
+
+
+class Mlp(TimmMlp):
+    """timm's MLP with GELU, which is not stored."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        x = self.fc1(x)
+        if torch.jit.is_scripting():
+            return self.fc2(F.gelu(x))
+        return gelu_linear(x, self.fc2)
+
+
+def gelu_linear(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """layer(gelu(x)): (..., C_in) -> (..., C_out)."""
+    if _recomputes(layer):
+        return _GeluLinear.apply(*_autocast(x, layer.weight, layer.bias))
+    return layer(F.gelu(x))
+
+
+def regrouped_linear(x: Tensor, layer: nn.Linear, axes: list[int]) -> Tensor:
+    """`layer` on the last two of `axes` as one: 5-D -> a permuted view of the same shape."""
+    if _recomputes(layer):
+        return _RegroupedLinear.apply(*_autocast(x, layer.weight), axes)
+    return regroup_back(layer(regroup(x, axes)), x, axes)
+
+
+def regroup(x: Tensor, axes: list[int]) -> Tensor:
+    """The 5-D x with its axes in another order, the last two as one."""
+    return x.permute(axes).flatten(3)
+
+
+def regroup_back(y: Tensor, x: Tensor, axes: list[int]) -> Tensor:
+    """The inverse: a permuted view in the shape of x."""
+    inverse = [axes.index(axis) for axis in range(5)]
+    return y.view([x.shape[axis] for axis in axes]).permute(inverse)
+
+
+def _recomputes(layer: nn.Module) -> bool:
+    """Whether `layer` may be left uncalled for its weights: not where anybody watches or has replaced it, nor when traced."""
+    is_plain = type(layer) is nn.Linear and not (
+        layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks
+    )
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.is_grad_enabled() and not is_traced and is_plain
+
+
+class _GeluLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        x, weight, _ = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows, hidden = grad.flatten(0, -2), F.gelu(x).flatten(0, -2)
+        of_weight, of_bias = rows.mT @ hidden, rows.sum(0) if ctx.needs_input_grad[2] else None
+        if torch.is_grad_enabled():  # to be differentiated again
+            return torch.ops.aten.gelu_backward(grad @ weight, x), of_weight, of_bias
+        # The memory of GELU takes the gradients as well: touching more of it would cost what GELU does.
+        of_x = torch.mm(rows, weight, out=hidden).view(x.shape)
+        torch.ops.aten.gelu_backward.grad_input(of_x, x, grad_input=of_x)
+        return of_x, of_weight, of_bias
+
+
+class _RegroupedLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, axes: list[int]) -> Tensor:
+        return regroup_back(F.linear(regroup(x, axes), weight), x, axes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, list[int]], output: Tensor) -> None:
+        x, weight, ctx.axes = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        grad = regroup(grad, ctx.axes)
+        of_weight = grad.flatten(0, -2).mT @ regroup(x, ctx.axes).flatten(0, -2)
+        return regroup_back(grad @ weight, x, ctx.axes), of_weight, None
+
+
+def _autocast(x: Tensor, *weights: Tensor | None) -> list[Tensor | None]:
+    """All in the format that autocast computes products in: cast here, where autograd sees it, not inside the function."""
+    device = x.device.type
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return [x, *weights]
+    dtype = torch.get_autocast_dtype(device)
+    return [x.to(dtype), *(None if weight is None else weight.to(dtype) for weight in weights)]
