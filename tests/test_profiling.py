@@ -149,7 +149,7 @@ def test_a_trace_that_cannot_be_written_costs_neither_the_verdict_nor_the_run(tm
     (said,), _ = train(Profile(tmp_path / "file", 0, CPU, 0), 25)
     assert "could not be written (" in said
     assert "\nbound by " in said
-    assert len(said.splitlines()[0]) < 300
+    assert len(said.splitlines()[0].replace(str(tmp_path), "")) < 250
 
 
 @pytest.mark.parametrize("fails_at", [5, 9, 10, 15, 20])

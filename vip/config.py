@@ -109,7 +109,9 @@ class RunConfig:
             description="average the weights with this decay a step, from the third step on; null: no average (published)",
         ),
     ]
-    compile: Annotated[bool, Field(description="torch.compile the network's blocks")]
+    compile: Annotated[
+        bool, Field(description="torch.compile the network's blocks; for Ampere and later, before Triton's kernels may fail")
+    ]
     compress_gradients: Annotated[
         bool, Field(description="ranks exchange gradients in fp16: half the traffic, for slow networks between nodes")
     ]

@@ -52,7 +52,9 @@ def decoder(setup: Setup) -> Iterator[Row]:
 
 def batch(setup: Setup) -> Iterator[Row]:
     images = setup.train_set
-    some = images or SyntheticSource(setup.run.batch_size, 1000, "train")  # without data only the sharing out is checked
+    some = images or SyntheticSource(
+        setup.run.batch_size, 1000, "train"
+    )  # without data only the sharing out is checked
     setup.run, setup.plan = micro_batch.settle(setup.run, setup.world, setup.num_processes, some)
     described = setup.plan.describe()
     yield Row("ok", described if images is not None else described.partition(";")[0])
