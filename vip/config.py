@@ -110,7 +110,8 @@ class RunConfig:
         ),
     ]
     compile: Annotated[
-        bool, Field(description="torch.compile the network's blocks; for Ampere and later, before Triton's kernels may fail")
+        bool,
+        Field(description="torch.compile the network's blocks; for Ampere and later, before Triton's kernels may fail"),
     ]
     compress_gradients: Annotated[
         bool, Field(description="ranks exchange gradients in fp16: half the traffic, for slow networks between nodes")
