@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 LATEST := .venv-latest
-PYTEST = -m pytest -n 3 --dist loadgroup # on two cores: much of the time, tests wait
+PYTEST = -m pytest -n 2 --dist loadgroup
 
 .PHONY: help setup demo test test-latest lint lock clean
 help:  ## this list

@@ -36,7 +36,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("arguments", nargs="*", metavar="IMAGE", help="a file, or a folder; or key=value")
-    parser.add_argument("--explain", action="store_true", help="map what speaks for the first class, and against it")
+    parser.add_argument("--explain", action="store_true", help="map what speaks for the first class")
     args = parser.parse_intermixed_args()
     keys = [text for text in args.arguments if KEY.match(text) and not Path(text).exists()]
     images = [text for text in args.arguments if text not in keys]

@@ -139,14 +139,21 @@ class PermutatorBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **factory)
         self.drop_path = drop_path
         self.drops = not isinstance(drop_path, nn.Identity)
+        self.skips = isinstance(drop_path, SubsetDropPath)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        if not torch.jit.is_scripting() and self.training and isinstance(self.drop_path, SubsetDropPath):
-            x = self.drop_path.add(x, self.norm1, self.attn)
-            return self.drop_path.add(x, self.norm2, self.mlp)
+        if self.skips and self.training and not torch.jit.is_scripting():
+            return self.skip(x)
         x = self.add(x, self.attn(self.norm1(x)))
         return self.add(x, self.mlp(self.norm2(x)))
+
+    @torch.jit.unused
+    def skip(self, x: Tensor) -> Tensor:
+        """The same, computed only for the samples that are kept."""
+        assert isinstance(self.drop_path, SubsetDropPath)
+        x = self.drop_path.add(x, self.norm1, self.attn)
+        return self.drop_path.add(x, self.norm2, self.mlp)
 
     def add(self, x: Tensor, branch: Tensor) -> Tensor:
         """x + drop_path(branch), in one pass over both."""

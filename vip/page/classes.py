@@ -110,8 +110,11 @@ def _confusions(run: Run) -> Chart | None:
         return None
     names = [f"{_short(label)} → {_short(predicted)}" for label, predicted, _ in found]
     words = [f"{shown(label)} taken for {shown(predicted)}: {count:,} times" for label, predicted, count in found]
-    about, xaxis = "Label → what the network says, and how often.", {"tickformat": ",d", "rangemode": "tozero"}
+    about = "Label → what the network says, and how often."
+    xaxis: dict[str, Any] = {"tickformat": ",d", "rangemode": "tozero"}
     counts = [count for _, _, count in found]
+    if max(counts) <= 10:
+        xaxis["dtick"] = 1  # else ticks fall between the counts
     return _bars("confusions", "Most frequent confusions", about, names, counts, words, "$series-4", xaxis)
 
 
