@@ -63,7 +63,7 @@ def test_the_report_of_a_run_comes_with_its_end(trained: Path) -> None:
 
 
 def test_gradients_exchanged_in_fp16_train_as_well(tmp_path: Path, digits: Path) -> None:
-    arguments = ("experiment=digits", f"data.root={digits}", "epochs=2", "schedule.warmup_epochs=1", "log_every=1")
+    arguments = ("experiment=digits", f"data.root={digits}", "max_steps=6", "log_every=1")
     ends = []
     for name, compressed in (("plain", "false"), ("half", "true")):
         done = run_ranks("train.py", (*arguments, f"compress_gradients={compressed}", f"name={name}"), 2, tmp_path)
