@@ -30,7 +30,7 @@ def test_a_run_ends_with_the_bits_of_an_undisturbed_one_whatever_the_cluster_doe
     cluster: Cluster, tmp_path: Path, digits: Path
 ) -> None:
     """The other causes take longer: python -m tests.slurm.drill."""
-    report = drill(cluster, tmp_path, digits, ["preemption", "killed_node"])
+    report = drill(cluster, tmp_path, digits, ["killed_worker", "requeue", "preemption", "time_limit", "killed_node"])
     assert report.state == "COMPLETED", report.said
     assert report.said.endswith("DONE: runs/run\n")
     assert report.differing == [], "two nodes, interrupted, against one node"
