@@ -11,7 +11,6 @@ that follows from its name and its first start, so that sending it twice makes n
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from vip.ranks import one_line_errors
 from vip.redact import redact
 from vip.tracking import TrackingConfig
 from vip.tracking.jsonl import METRICS
-from vip.tracking.truth import Told, read_truth
+from vip.tracking.truth import Told, first_id, read_truth
 
 KEYS = {field.name for field in dataclasses.fields(TrackingConfig)}
 
@@ -65,7 +64,7 @@ def _send(folder: Path, truth: list[Told], args: argparse.Namespace) -> str:
     given |= {"project": args.project} if args.project else {}
     tracking = TrackingConfig(**{key: value for key, value in config["tracking"].items() if key in KEYS} | given)
     tracker = WandbTracker(
-        tracking, config["name"], folder, config, _known_id(folder) or _new_id(config["name"], truth)
+        tracking, config["name"], folder, config, _known_id(folder) or first_id(config["name"], truth)
     )
     total_steps = next((told["total_steps"] for _, told in truth if "total_steps" in told), last_step)
     tracker.close("done" if last_step >= total_steps else "failed")
@@ -98,11 +97,6 @@ def _known_id(folder: Path) -> str | None:
             run_id: str | None = checkpoint.read(path).state["progress"]["tracking"].get("wandb")
             return run_id
     return None
-
-
-def _new_id(name: str, truth: list[Told]) -> str:
-    first = next((told["time"] for _, told in truth if told.get("view") == "start"), "")
-    return hashlib.sha256(f"{name} {first}".encode()).hexdigest()[:8]
 
 
 if __name__ == "__main__":

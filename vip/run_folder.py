@@ -27,6 +27,7 @@ from vip.plan import Plan
 from vip.tracking import Fanout, Tracker, View
 from vip.tracking.console import ConsoleTracker
 from vip.tracking.jsonl import JsonlTracker
+from vip.tracking.truth import first_id, read_truth
 
 # A checkpoint that differs in one of these is of another run; in one of the others, the bits will differ.
 IDENTITY = ("model", "num_classes", "parameters", "optimizer", "batch_size", "seed", "block")
@@ -122,8 +123,9 @@ def tracked(run: RunConfig, plan: Plan, trainer: Trainer, console: Console) -> I
         (run.folder / "PREEMPTED").unlink(missing_ok=True)
         (run.folder / "config.yaml").write_text(config.to_yaml(run))
         environment.write_diff(run.folder / "code.diff")
-        trainer.trackers = Fanout(_trackers(run, plan, progress, console))
-        trainer.trackers.show(progress.step, _start(run, plan, trainer))
+        start = _start(run, plan, trainer)
+        trainer.trackers = Fanout(_trackers(run, plan, progress, console, start))
+        trainer.trackers.show(progress.step, start)
         parts = trainer.parts
         rate = plan.world_size * mfu.matrix_rate(parts.precision.dtype, trainer.world.device)
         trainer.full_speed = rate / mfu.step_flops(parts.model, parts.image_size)
@@ -181,7 +183,7 @@ def _start(run: RunConfig, plan: Plan, trainer: Trainer) -> View:
     )
 
 
-def _trackers(run: RunConfig, plan: Plan, progress: Progress, console: Console) -> list[Tracker]:
+def _trackers(run: RunConfig, plan: Plan, progress: Progress, console: Console, start: View) -> list[Tracker]:
     trackers: list[Tracker] = [
         JsonlTracker(run.folder, progress.step),
         ConsoleTracker(plan, progress.step, console, run.console, lambda: progress.step),
@@ -189,7 +191,10 @@ def _trackers(run: RunConfig, plan: Plan, progress: Progress, console: Console) 
     if run.tracking.kind == "wandb":
         from vip.tracking.wandb_run import WandbTracker
 
-        known_id = progress.tracking.get("wandb")
+        # A run that ended before its first checkpoint has left its start, and so its id.
+        known_id = progress.tracking.get("wandb") or first_id(
+            run.name, [*read_truth(run.folder), (progress.step, start)]
+        )
         tracker = WandbTracker(run.tracking, run.name, run.folder, config.redacted(run), known_id)
         progress.tracking["wandb"] = tracker.run_id
         trackers.append(tracker)

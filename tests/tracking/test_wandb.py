@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from scripts.faults.launch import Launch
+from tests.conftest import Run
 from tests.made_run import make_run
 from tests.tracking import wandb_files
 from tests.tracking.wandb_files import assert_same_rows, history, offline_run
@@ -178,3 +180,14 @@ def test_a_run_that_was_killed_and_then_stopped_is_one_clean_run(
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, lines[-1]["step"] + 1))
     assert_same_rows(history(folder), lines)
     assert any("gate/blocks/path" in row for row in history(folder))
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_keeps_its_id(
+    run: Run, digits: Path, tmp_path: Path, no_account: None
+) -> None:
+    folder, ids = tmp_path / "runs" / "x", []
+    for _ in range(2):
+        run("train.py", *ARGUMENTS, f"data.root={digits}", "max_steps=1")
+        ids.append(offline_run(folder).name.rpartition("-")[2])
+        shutil.rmtree(folder / "checkpoints")
+    assert ids[0] == ids[1]

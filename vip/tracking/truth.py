@@ -1,5 +1,6 @@
 """A run told again: what its folder holds, for trackers that write it anew whenever it goes on."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,3 +32,9 @@ def is_view(told: Mapping[str, Any]) -> bool:
 def last_validation(truth: Sequence[Told]) -> int:
     """The step of the newest validation; what is drawn over training need not be drawn for those before it."""
     return max((step for step, told in truth if told.get("view") == "validation"), default=0)
+
+
+def first_id(name: str, truth: list[Told]) -> str:
+    """W&B's id of a run that has none in a checkpoint: it follows from its name and its first start, so it is always the same."""
+    first = next((told["time"] for _, told in truth if told.get("view") == "start"), "")
+    return hashlib.sha256(f"{name} {first}".encode()).hexdigest()[:8]
