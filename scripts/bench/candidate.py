@@ -1,9 +1,13 @@
 """One network to be measured: built, compiled where that is asked for, and run forward or through a training step."""
 
 import math
+import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from multiprocessing.connection import Connection
+from typing import Any
 
 import timm
 import torch
@@ -20,6 +24,7 @@ from vip.precision import DTYPES
 NUM_CLASSES = 1000
 LITERAL = "literal/"
 WORK_S = 0.1  # a piece of work that a clock can tell
+SETTLING_STEPS = 4  # before a process has all memory that a training step asks for
 
 
 class Candidate:
@@ -38,6 +43,7 @@ class Candidate:
         self.images = torch.randn(batch, 3, *image_size(self.model), device=device)
         self.labels = torch.randint(NUM_CLASSES, (batch,), device=device)
         self.num_forward = self.num_train = 1
+        self.clock = time.perf_counter if device.type == "cuda" else time.process_time
 
     def prepare(self) -> None:
         """Run everything until it is as fast as it gets; then it is known how often work must be repeated to be timed."""
@@ -45,13 +51,17 @@ class Candidate:
         first_s, train_s = _seconds(self.train), _seconds(self.train)
         self.compile_s = first_s - train_s if self.mode == "compiled" else None
         self.memory = self._memory()
-        self.eval()
-        self.forward()
+        for _ in range(SETTLING_STEPS):
+            train_s = _seconds(self.train)
+        self.speed("forward")
         self.num_forward, self.num_train = (max(1, math.ceil(WORK_S / s)) for s in (_seconds(self.forward), train_s))
 
-    def eval(self) -> None:
-        """Make ready for `forward`, without the gradients of a training step."""
-        self.model.eval().zero_grad(set_to_none=True)
+    def speed(self, work: str) -> float:
+        """Images a second of `work`, "forward" or "train"."""
+        self.model.train(work == "train").zero_grad(set_to_none=True)
+        begun = self.clock()
+        num_images = getattr(self, work)()
+        return num_images / (self.clock() - begun)
 
     @torch.inference_mode()
     def forward(self) -> int:
@@ -99,6 +109,67 @@ class Candidate:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return repeats * len(self.images)
+
+
+class Isolated:
+    """A candidate in a process of its own: what it takes from the system's memory is as in a run that has but one network.
+
+    Raises, from `prepare` and `speed`, the RuntimeError or MemoryError that the candidate met.
+    """
+
+    def __init__(self, name: str, mode: str, precision: str, batch: int, device: torch.device) -> None:
+        self.name, self.mode, self.precision, self.device = name, mode, precision, device
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, dict(os.environ), name, mode, precision, batch, device), daemon=True
+        )
+        self._process.start()
+        theirs.close()  # so that the end of the process ends the pipe
+
+    def prepare(self) -> None:
+        """As a candidate's."""
+        self.compile_s, self.memory = self._ask("prepare")
+
+    def speed(self, work: str) -> float:
+        """As a candidate's."""
+        return self._ask(work)
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join()
+
+    def _ask(self, what: str) -> Any:
+        self._pipe.send(what)
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            raise RuntimeError("its process was killed; memory may be short") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _serve(pipe: Connection, environment: dict[str, str], *args: Any) -> None:
+    os.environ.update(environment)  # where inductor keeps what it has compiled; the server's is older
+    candidate: Candidate | None = None
+    while True:
+        try:
+            what = pipe.recv()
+        except EOFError:  # nobody asks any more
+            return
+        try:
+            if candidate is None:
+                candidate = Candidate(*args)
+            if what == "prepare":
+                candidate.prepare()
+                pipe.send((candidate.compile_s, candidate.memory))
+            else:
+                pipe.send(candidate.speed(what))
+        except (RuntimeError, MemoryError) as error:
+            pipe.send(type(error)(str(error)))
 
 
 def build(name: str) -> nn.Module:

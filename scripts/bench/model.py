@@ -1,9 +1,11 @@
 """`benchmark.py model`: a network's forward pass and training step, timed, counted, and held against what the device can do.
 
 All candidates of a number format take turns; every figure of time is a median. Speeds are by the wall's clock on a GPU,
-by CPU time elsewhere, where other processes would otherwise be measured as well.
+by CPU time elsewhere, where other processes would otherwise be measured as well. There, each candidate has a process:
+how fast memory is had from the system depends on what was asked of it before.
 """
 
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ import torch
 from torch._inductor.utils import fresh_cache
 
 from scripts.bench import compiled, traffic
-from scripts.bench.candidate import LITERAL, Candidate, build, image_size
+from scripts.bench.candidate import LITERAL, Candidate, Isolated, build, image_size
 from scripts.bench.shares import shares
 from scripts.bench.timing import interleaved
 from vip.mfu import matrix_rate, step_flops
@@ -50,7 +52,10 @@ def measure(
             torch._dynamo.config.cache_size_limit = 256  # for all of them together
             ready, failed = _ready(names, precision, modes, batch, device, say)
             say(f"{precision}: {rounds} rounds")
-            speeds += [*_speeds(ready, *limits[precision], rounds, clock), *failed]
+            speeds += [*_speeds(ready, *limits[precision], rounds), *failed]
+        for each in ready:
+            if isinstance(each, Isolated):
+                each.close()
     return {
         "the device's limits": [
             {"format": precision, "products GFLOP/s": round(rate / 1e9), "memory GB/s": round(bandwidth / 1e9, 1)}
@@ -83,15 +88,15 @@ def _limits(dtype: torch.dtype, device: torch.device, rounds: int, clock: Clock)
 
 def _ready(
     names: list[str], precision: str, modes: list[str], batch: int, device: torch.device, say: Say
-) -> tuple[list[Candidate], list[Row]]:
+) -> tuple[list[Candidate | Isolated], list[Row]]:
     """Candidates that have run once, and a row for each that could not, with the reason."""
-    ready: list[Candidate] = []
+    ready: list[Candidate | Isolated] = []
     failed: list[Row] = []
     for mode in modes:
         for name in names:
             say(f"{name} in {precision}, {mode}: first passes")
             try:
-                candidate = Candidate(name, mode, precision, batch, device)
+                candidate = (Candidate if device.type == "cuda" else Isolated)(name, mode, precision, batch, device)
                 candidate.prepare()
             except (RuntimeError, MemoryError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -101,14 +106,9 @@ def _ready(
     return ready, failed
 
 
-def _speeds(ready: list[Candidate], rate: float, bandwidth: float, rounds: int, clock: Clock) -> Iterator[Row]:
+def _speeds(ready: list[Candidate | Isolated], rate: float, bandwidth: float, rounds: int) -> Iterator[Row]:
     """A row for each; the roofline is the speed at which products, or the bytes of their operands, take all the time."""
-    for each in ready:
-        each.eval()
-    forward = interleaved({_key(each): each.forward for each in ready}, rounds, clock, warm_up=False)
-    for each in ready:
-        each.model.train()
-    train = interleaved({_key(each): each.train for each in ready}, rounds, clock, warm_up=False)
+    forward, train = (_medians(ready, work, rounds) for work in ("forward", "train"))
     for each in ready:
         key, flops = _key(each), _flops(each.name)
         roofline = min(rate / flops, bandwidth / _moved(each.name, each.precision)["products"])
@@ -124,7 +124,12 @@ def _speeds(ready: list[Candidate], rate: float, bandwidth: float, rounds: int, 
         yield row if each.compile_s is None else row | {"compile s": round(each.compile_s, 1)}
 
 
-def _key(candidate: Candidate) -> str:
+def _medians(ready: list[Candidate | Isolated], work: str, rounds: int) -> dict[str, float]:
+    turns = [{_key(each): each.speed(work) for each in ready} for _ in range(1 + rounds)]
+    return {key: statistics.median(turn[key] for turn in turns[1:]) for key in turns[0]}  # the first warms up
+
+
+def _key(candidate: Candidate | Isolated) -> str:
     return f"{candidate.name}, {candidate.mode}"
 
 

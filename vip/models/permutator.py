@@ -1,9 +1,9 @@
 """Vision Permutator (arXiv 2106.12368): tokens on a grid, mixed along rows, columns and channels by linear layers.
 
-Tokens stay contiguous as (B, H, W, C) from the patches to the head. Each block regroups them once per direction, and
-the results come back as permuted views that one expression mixes: plain operations throughout, so that a compiler sees
-the whole network and fuses what eager mode spends on copies. Names of parameters are those of the published
-checkpoints, which is why the token mixer is called `attn` though nothing attends.
+Tokens stay contiguous as (B, H, W, C) from the patches to the head. Each block regroups them once per direction and
+copies the results back, since a sum of views permuted in different ways costs more than the copies; one expression
+mixes them. Plain operations throughout, so that a compiler sees the whole network and fuses it. Names of parameters are
+those of the published checkpoints, which is why the token mixer is called `attn` though nothing attends.
 
 Legend: B batch, H rows and W columns of the token grid, C channels = N segments of S channels, P pixels or tokens per
 side of a patch.
@@ -80,27 +80,25 @@ class PermuteMlp(nn.Module):
         B, H, W, C = x.shape
         x = x.view(B, H, W, -1, self.segment_dim)
         if self.reweight is not None:
-            # The gate goes first, because the gradient of x is summed in the layout of the last branch, contiguous x_c.
-            logits = self.reweight(self.mean_of_sum(x)).view(B, C, 3)
-            gate = logits.softmax(2).permute(2, 0, 1).reshape(3, B, 1, 1, C // self.segment_dim, -1)
+            logits = self.reweight(self.mean_of_sum(x)).view(B, C, 3).permute(2, 0, 1)
+            gate = logits.contiguous().softmax(0).view(3, B, 1, 1, -1, self.segment_dim)
         x_h, x_w, x_c = self.mix_rows(x), self.mix_columns(x), self.mix_channels(x)
-        # x_c comes first: it is contiguous, and the sum takes its layout from the first operand.
         if self.reweight is not None:
             gate = gate.to(x_c.dtype)
-            mixed = torch.addcmul(torch.addcmul(x_c * gate[2], x_h, gate[0]), x_w, gate[1])
+            mixed = (x_c * gate[2]).addcmul_(x_h, gate[0]).addcmul_(x_w, gate[1])
         else:
             mixed = x_c + x_h + x_w
         return self.proj(mixed.reshape(B, H, W, C))
 
     def mix_rows(self, x: Tensor) -> Tensor:
-        """x_h: mixes the rows of each column and segment. (B, H, W, N, S) -> a permuted view of that shape."""
+        """x_h: mixes the rows of each column and segment. (B, H, W, N, S) -> (B, H, W, N, S)."""
         axes = [0, 2, 3, 1, 4]
         if torch.jit.is_scripting():
             return regroup_back(self.mlp_h(regroup(x, axes)), x, axes)
         return regrouped_linear(x, self.mlp_h, axes)
 
     def mix_columns(self, x: Tensor) -> Tensor:
-        """x_w: mixes the columns of each row and segment. (B, H, W, N, S) -> a permuted view of that shape."""
+        """x_w: mixes the columns of each row and segment. (B, H, W, N, S) -> (B, H, W, N, S)."""
         axes = [0, 1, 3, 2, 4]
         if torch.jit.is_scripting():
             return regroup_back(self.mlp_w(regroup(x, axes)), x, axes)
@@ -113,18 +111,18 @@ class PermuteMlp(nn.Module):
     def mean_of_sum(self, x: Tensor) -> Tensor:
         """The mean of x_h + x_w + x_c over the grid. (B, H, W, N, S) -> (B, C).
 
-        It is linear in x, so it is had from the means of x over each row and each column: products 1/W and 1/H the size,
-        and no pass over the three results.
+        It is linear in x, so it is had from the means of x over each row, each column and all tokens: products 1/W, 1/H
+        and 1/(H*W) the size, and no pass over the three results.
         """
         _, H, W, _, _ = x.shape
         # Not mean(): its gradient is as large as x, that of sum() a view. Autocast would widen the sum.
         row_means = x.sum(2, keepdim=True, dtype=x.dtype) / W
         column_means = x.sum(1, keepdim=True, dtype=x.dtype) / H
-        # The channels of the rows' means, not of their mean: a CPU is slow at narrow products with as few rows as images.
+        mean = row_means.sum(1, keepdim=True, dtype=x.dtype) / H
         return (
             self.mix_rows(row_means).mean((1, 2))
             + self.mix_columns(column_means).mean((1, 2))
-            + self.mix_channels(row_means).mean((1, 2))
+            + self.mix_channels(mean).mean((1, 2))
         ).flatten(1)
 
 

@@ -32,7 +32,7 @@ def gelu_linear(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
 
 
 def regrouped_linear(x: Tensor, layer: nn.Linear, axes: list[int]) -> Tensor:
-    """`layer` on the last two of `axes` as one: 5-D -> a permuted view of the same shape."""
+    """`layer` on the last two of `axes` as one: 5-D -> the same shape."""
     if _recomputes(layer):
         return _RegroupedLinear.apply(*_autocast(x, layer.weight), axes)
     return regroup_back(layer(regroup(x, axes)), x, axes)
@@ -44,9 +44,9 @@ def regroup(x: Tensor, axes: list[int]) -> Tensor:
 
 
 def regroup_back(y: Tensor, x: Tensor, axes: list[int]) -> Tensor:
-    """The inverse: a permuted view in the shape of x."""
+    """The inverse: y in the shape of x, contiguous."""
     inverse = [axes.index(axis) for axis in range(5)]
-    return y.view([x.shape[axis] for axis in axes]).permute(inverse)
+    return y.view([x.shape[axis] for axis in axes]).permute(inverse).contiguous()
 
 
 def _recomputes(layer: nn.Module) -> bool:
