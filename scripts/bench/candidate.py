@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -155,21 +155,19 @@ class Isolated:
 def _serve(pipe: Connection, environment: dict[str, str], *args: Any) -> None:
     os.environ.update(environment)  # where inductor keeps what it has compiled; the server's is older
     candidate: Candidate | None = None
-    while True:
-        try:
+    answer: object
+    with suppress(EOFError, BrokenPipeError):  # nobody asks any more
+        while True:
             what = pipe.recv()
-        except EOFError:  # nobody asks any more
-            return
-        try:
-            if candidate is None:
-                candidate = Candidate(*args)
-            if what == "prepare":
-                candidate.prepare()
-                pipe.send((candidate.compile_s, candidate.memory))
-            else:
-                pipe.send(candidate.speed(what))
-        except (RuntimeError, MemoryError) as error:
-            pipe.send(type(error)(str(error)))
+            try:
+                if candidate is None:
+                    candidate = Candidate(*args)
+                if what == "prepare":
+                    candidate.prepare()
+                answer = (candidate.compile_s, candidate.memory) if what == "prepare" else candidate.speed(what)
+            except (RuntimeError, MemoryError) as error:
+                answer = type(error)(str(error))
+            pipe.send(answer)
 
 
 def build(name: str) -> nn.Module:
