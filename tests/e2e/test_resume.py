@@ -27,6 +27,11 @@ FULL = (
 LAST_STEP = 1437 // 64
 
 
+def full(processes: int) -> tuple[str, ...]:
+    """Both kinds of stochastic depth: the one that skips under DDP."""
+    return (*FULL, "model.drop_path.mode=subset") if processes == 2 else FULL
+
+
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Callable[[int], Path]:
     """The folder of a run that nothing interrupts, by number of processes; each is trained once."""
@@ -35,7 +40,7 @@ def untouched(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Callabl
     def train(processes: int) -> Path:
         if processes not in folders:
             cwd = tmp_path_factory.mktemp("untouched")
-            arguments = (*FULL, f"data.root={digits}", "name=run", "data.workers=1")
+            arguments = (*full(processes), f"data.root={digits}", "name=run", "data.workers=1")
             undisturbed = Launch(arguments, cwd, processes or 1)
             assert not any(undisturbed.wait()), undisturbed.output
             folders[processes] = cwd / "runs/run"
@@ -46,7 +51,7 @@ def untouched(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Callabl
 
 def interrupt(cwd: Path, digits: Path, processes: int, number: signal.Signals) -> tuple[int, str]:
     """Start the run and send it the signal as soon as it has a checkpoint; its exit status and what it said."""
-    arguments = (*FULL, f"data.root={digits}", "name=run", "data.workers=2")
+    arguments = (*full(processes), f"data.root={digits}", "name=run", "data.workers=2")
     first = cwd / "runs/run/checkpoints/step_0000000006.safetensors"
     if not processes:
         alone = Launch(arguments, cwd)
@@ -101,7 +106,9 @@ def test_killed_in_mid_epoch(
 ) -> None:
     interrupt(tmp_path, digits, processes, signal.SIGKILL)
     folder = tmp_path / "runs/run"
-    resumed = run("train.py", *FULL, f"data.root={digits}", "name=run", "data.workers=0", processes=processes)
+    resumed = run(
+        "train.py", *full(processes), f"data.root={digits}", "name=run", "data.workers=0", processes=processes
+    )
     assert "goes on from step" in resumed.stdout
     assert_same_end(folder, untouched(processes))
     steps = [line["step"] for line in records(folder)]
@@ -124,7 +131,9 @@ def test_asked_to_stop_loses_no_step(
     if not processes:
         assert status == 128 + number
         assert "Traceback" not in said
-    resumed = run("train.py", *FULL, f"data.root={digits}", "name=run", "data.workers=0", processes=processes)
+    resumed = run(
+        "train.py", *full(processes), f"data.root={digits}", "name=run", "data.workers=0", processes=processes
+    )
     assert f"goes on from step {stopped_at}" in resumed.stdout
     assert not (folder / "PREEMPTED").exists()
     assert_same_end(folder, untouched(processes))
@@ -133,7 +142,7 @@ def test_asked_to_stop_loses_no_step(
 def test_a_rank_that_dies_is_replaced_by_torchrun(
     tmp_path: Path, digits: Path, untouched: Callable[[int], Path]
 ) -> None:
-    launcher = command("train.py", *FULL, f"data.root={digits}", "name=run", "data.workers=2", processes=2)
+    launcher = command("train.py", *full(2), f"data.root={digits}", "name=run", "data.workers=2", processes=2)
     launcher.insert(3, "--max-restarts=1")
     started = subprocess.Popen(
         launcher, cwd=tmp_path, env=environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},

@@ -32,12 +32,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _suits(x: Tensor, weight: Tensor) -> bool:
     if not ONEDNN_IS_FASTER or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
-    if torch.is_autocast_enabled("cpu") or x.numel() * weight.shape[0] < LEAST:
+    if torch.is_autocast_enabled("cpu"):
         return False
-    if torch.compiler.is_dynamo_compiling():  # where is_exporting() is always true
+    if (
+        torch.compiler.is_dynamo_compiling()
+    ):  # whatever the size, which would be guarded; is_exporting() is always true there
         return True
     is_exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # to where this operation is unknown
-    return not is_exported and torch._C._functorch.maybe_current_level() is None  # torch.func cannot differentiate it
+    is_transformed = (
+        torch._C._functorch.maybe_current_level() is not None
+    )  # by torch.func, which cannot differentiate it
+    return not (is_exported or is_transformed) and x.numel() * weight.shape[0] >= LEAST
 
 
 def _onednn_is_faster() -> bool:
