@@ -40,9 +40,9 @@ def shares(candidate: Candidate) -> dict[str, float]:
 
     times: Counter[str] = Counter()
     for event in events:
-        if event.name.startswith(("aten::", "mkldnn::", "vip::")):
+        if event.name.startswith("aten::"):
             of_gate = _within(event, is_gates) or (bool(numbers) and event.name in _SOFTMAX)
-            name = GATE if of_gate else category(event.name.rpartition("::")[2])
+            name = GATE if of_gate else category(event.name.removeprefix("aten::"))
             times[name] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
     return {name: 100 * spent / times.total() for name, spent in times.most_common()}
 

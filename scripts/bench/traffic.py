@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CATEGORIES = {
-    "products": ("linear", "_linear_pointwise", "mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"),
+    "products": ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"),
     "norms": ("native_layer_norm", "native_layer_norm_backward"),
     "GELU": ("gelu", "gelu_backward"),
     "copies": ("clone", "copy_", "_to_copy", "cat", "stack"),
@@ -37,7 +37,7 @@ _FREE = (
 
 
 def category(name: str) -> str:
-    """That of an operation, `name` without its namespace and overload; sums of tensors, mostly, are the rest."""
+    """That of an aten operation, `name` without its namespace and overload; sums of tensors, mostly, are the rest."""
     return next((found for found, names in CATEGORIES.items() if name in names), REST)
 
 
@@ -71,7 +71,7 @@ class _Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         namespace, _, name = func._schema.name.partition("::")
-        if namespace in ("aten", "vip") and not func.is_view and name not in _FREE:
+        if namespace == "aten" and not func.is_view and name not in _FREE:
             read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             written = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
             if func._schema.is_mutable and not name.endswith("_"):  # out=: written, not read
