@@ -69,10 +69,12 @@ def test_gradients_exchanged_in_fp16_train_as_well(tmp_path: Path, digits: Path)
         done = run_ranks("train.py", (*arguments, f"compress_gradients={compressed}", f"name={name}"), 2, tmp_path)
         assert done.returncode == 0, done.stdout
         lines = [json.loads(line) for line in (tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
-        ends.append([line["train/loss"] for line in lines if "train/loss" in line])
-    assert ends[0][0] == ends[1][0], "the first loss is before any exchange"
-    assert ends[0][1:] != ends[1][1:]
-    assert ends[1] == pytest.approx(ends[0], rel=0.05)
+        ends.append([(line["train/loss"], line["train/grad_norm"]) for line in lines if "train/loss" in line])
+    (losses, norms), (half_losses, half_norms) = (zip(*end, strict=True) for end in ends)
+    assert losses[0] == half_losses[0], "the first loss is before any exchange"
+    assert all(norm != half for norm, half in zip(norms, half_norms, strict=True))
+    assert half_norms == pytest.approx(norms, rel=0.001)
+    assert half_losses == pytest.approx(losses, rel=0.001)
 
 
 def test_a_finished_run_is_not_trained_again(run: Run, tmp_path: Path, digits: Path) -> None:
