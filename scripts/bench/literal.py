@@ -2,7 +2,7 @@
 
 Same parameters, same results, other memory traffic: patches by convolution, so that the residual stream lies channels-first
 behind a permuted view; every branch copied to its regrouped order and back; the sum of the branches built to be averaged;
-GELU, norm and residual sum as torch and autocast have them.
+linear layers, GELU, norm and residual sum as torch and autocast have them.
 
 B batch, H rows, W columns, C channels = N segments of S.
 """
@@ -15,7 +15,7 @@ from types import MethodType
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vip.models.permutator import LayerNorm, Mlp, PatchProjection, PermutatorBlock, PermuteMlp
+from vip.models.permutator import LayerNorm, Linear, Mlp, PatchProjection, PermutatorBlock, PermuteMlp
 
 
 def make_literal(model: nn.Module) -> nn.Module:
@@ -25,6 +25,7 @@ def make_literal(model: nn.Module) -> nn.Module:
         PermuteMlp: _permute_mlp,
         Mlp: _mlp,
         LayerNorm: nn.LayerNorm.forward,
+        Linear: nn.Linear.forward,
         PermutatorBlock: _block,
     }
     for module in model.modules():

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CATEGORIES = {
-    "products": ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"),
+    "products": ("mm", "addmm", "bmm", "baddbmm", "convolution", "mkldnn_convolution", "convolution_backward"),
     "norms": ("native_layer_norm", "native_layer_norm_backward"),
     "GELU": ("gelu", "gelu_backward"),
     "copies": ("clone", "copy_", "_to_copy", "cat", "stack"),

@@ -17,7 +17,6 @@ from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from timm.layers import to_2tuple
 from timm.models import checkpoint, checkpoint_seq
 from timm.models._features import feature_take_indices
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from vip.models.checks import check_choice, check_img_size, nearest
 from vip.models.norm import LayerNorm
+from vip.models.products import Linear, linear
 from vip.models.recompute import Mlp, regroup, regroup_back, regrouped_linear
 from vip.stochastic_depth import Mode as DropPathMode
 from vip.stochastic_depth import SubsetDropPath, build_drop_path, depth_rates
@@ -55,7 +55,7 @@ class PatchProjection(nn.Module):
         P = self.patch_size
         H, W = rows // P, columns // P
         patches = x.view(B, H, P, W, P, C_in).permute(0, 1, 3, 2, 4, 5).reshape(B, H, W, P * P * C_in)
-        return F.linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+        return linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
 
 
 class PermuteMlp(nn.Module):
@@ -69,11 +69,11 @@ class PermuteMlp(nn.Module):
         super().__init__()
         H, W = grid
         S = self.segment_dim = segment_dim
-        self.mlp_c = nn.Linear(dim, dim, bias=False, **factory)
-        self.mlp_h = nn.Linear(H * S, H * S, bias=False, **factory)
-        self.mlp_w = nn.Linear(W * S, W * S, bias=False, **factory)
+        self.mlp_c = Linear(dim, dim, bias=False, **factory)
+        self.mlp_h = Linear(H * S, H * S, bias=False, **factory)
+        self.mlp_w = Linear(W * S, W * S, bias=False, **factory)
         self.reweight = Mlp(dim, dim // 4, dim * 3, **factory) if mixer == "weighted" else None
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.proj = Linear(dim, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
@@ -241,7 +241,7 @@ class VisionPermutator(nn.Module):
         self.feature_info = feature_info
         self.norm: nn.Module = LayerNorm(dim, **factory)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head: nn.Module = nn.Linear(dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
+        self.head: nn.Module = Linear(dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
         self.init_weights()
 
     @torch.jit.ignore
@@ -281,7 +281,7 @@ class VisionPermutator(nn.Module):
         like = self.patch_embed.proj.weight
         self.head = nn.Identity()
         if num_classes > 0:
-            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            self.head = Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
             _init_weights(self.head)
 
     @torch.jit.ignore

@@ -9,12 +9,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 
+from vip.models.products import Linear, linear, weight_gradient
 
-class Mlp(TimmMlp):
-    """timm's MLP with GELU, which is not stored."""
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them, which is not stored; as wide at the end as at the beginning unless told."""
+
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int | None = None, **factory: Any) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden_dim, **factory)
+        self.fc2 = Linear(hidden_dim, out_dim or dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
@@ -51,7 +57,7 @@ def regroup_back(y: Tensor, x: Tensor, axes: list[int]) -> Tensor:
 
 def _recomputes(layer: nn.Module) -> bool:
     """Whether `layer` may be left uncalled for its weights: not where anybody watches or has replaced it, nor when traced."""
-    is_plain = type(layer) is nn.Linear and not (
+    is_plain = type(layer) in (Linear, nn.Linear) and not (
         layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks
     )
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -63,7 +69,7 @@ class _GeluLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(F.gelu(x), weight, bias)
+        return linear(F.gelu(x), weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -73,14 +79,12 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows, hidden = grad.flatten(0, -2), F.gelu(x).flatten(0, -2)
-        of_weight, of_bias = rows.mT @ hidden, rows.sum(0) if ctx.needs_input_grad[2] else None
+        of_weight = weight_gradient(grad, F.gelu(x), weight)  # first, so that the memory of GELU is free for the rest
+        of_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        of_x = linear(grad, weight.mT)
         if torch.is_grad_enabled():  # to be differentiated again
-            return torch.ops.aten.gelu_backward(grad @ weight, x), of_weight, of_bias
-        # The memory of GELU takes the gradients as well: touching more of it would cost what GELU does.
-        of_x = torch.mm(rows, weight, out=hidden).view(x.shape)
-        torch.ops.aten.gelu_backward.grad_input(of_x, x, grad_input=of_x)
-        return of_x, of_weight, of_bias
+            return torch.ops.aten.gelu_backward(of_x, x), of_weight, of_bias
+        return torch.ops.aten.gelu_backward.grad_input(of_x, x, grad_input=of_x), of_weight, of_bias
 
 
 class _RegroupedLinear(torch.autograd.Function):
@@ -88,7 +92,7 @@ class _RegroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, axes: list[int]) -> Tensor:
-        return regroup_back(F.linear(regroup(x, axes), weight), x, axes)
+        return regroup_back(linear(regroup(x, axes), weight), x, axes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, list[int]], output: Tensor) -> None:
@@ -99,8 +103,8 @@ class _RegroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         grad = regroup(grad, ctx.axes)
-        of_weight = grad.flatten(0, -2).mT @ regroup(x, ctx.axes).flatten(0, -2)
-        return regroup_back(grad @ weight, x, ctx.axes), of_weight, None
+        of_weight = weight_gradient(grad, regroup(x, ctx.axes), weight)
+        return regroup_back(linear(grad, weight.mT), x, ctx.axes), of_weight, None
 
 
 def _autocast(x: Tensor, *weights: Tensor | None) -> list[Tensor | None]:
