@@ -54,8 +54,8 @@ def _as_images(x: Tensor) -> Tensor:
 def _suits(x: Tensor, weight: Tensor) -> bool:
     if not ONEDNN_IS_FASTER or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
-    # Exported networks run elsewhere. Under dynamo is_exporting() is always true.
-    if torch.jit.is_tracing() or (torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()):
+    is_exported = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    if is_exported or torch.jit.is_tracing():  # to run elsewhere
         return False
     num_tokens = math.prod(x.shape[:-1])
     is_worth_it = (num_tokens % IMAGES == 0) & (num_tokens * weight.numel() >= LEAST)
