@@ -21,6 +21,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from data.parent import die_with_parent
+from vip.host_memory import keep_freed_memory
 
 START_TIMEOUT = timedelta(seconds=300)  # until every rank has made its first step, compilation and all
 STEP_TIMEOUT = timedelta(seconds=100)
@@ -187,6 +188,7 @@ def connect() -> Iterator[World]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if not torch.cuda.is_available():
         place = torch.device("cpu")
+        keep_freed_memory()
     elif local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"rank {rank} has no GPU: {torch.cuda.device_count()} on this node; start torchrun with --nproc-per-node="

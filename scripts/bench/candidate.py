@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import vip  # noqa: F401 (registers the models)
 from scripts.bench.literal import make_literal
+from vip.host_memory import keep_freed_memory
 from vip.models.build import compile_model
 from vip.models.permutator import VisionPermutator
 from vip.precision import DTYPES
@@ -154,6 +155,7 @@ class Isolated:
 
 def _serve(pipe: Connection, environment: dict[str, str], *args: Any) -> None:
     os.environ.update(environment)  # where inductor keeps what it has compiled; the server's is older
+    keep_freed_memory()  # as in training
     candidate: Candidate | None = None
     answer: object
     with suppress(EOFError, BrokenPipeError):  # nobody asks any more
