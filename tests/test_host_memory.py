@@ -13,11 +13,11 @@ if sys.argv[1] == "kept":
     keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    tensors = [torch.ones(5 << 20) for _ in range(4)]
+    tensors = [torch.ones(12 << 20) for _ in range(2)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print([faults() for _ in range(6)][-1])
 """
-PAGES = 4 * (20 << 20) // 4096
+PAGES = 2 * (48 << 20) // 4096
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc alone has it")
