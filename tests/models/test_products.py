@@ -62,7 +62,7 @@ def test_values_and_gradients_are_those_of_torchs_layer(lead, c_in, c_out, bias,
 
 
 def test_each_sample_has_its_gradient() -> None:
-    x, weight, bias = operands((5, 3), 4, 6, True)
+    x, weight, bias = operands((5, 2, 3), 4, 6, True)
 
     def loss(layer, weight: Tensor, x: Tensor) -> Tensor:
         return layer(x, weight, bias).square().sum()
@@ -76,7 +76,7 @@ def test_each_sample_has_its_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_formats_have_torchs_bits(dtype: torch.dtype) -> None:
-    x, weight = torch.randn(9, 5, dtype=dtype), torch.randn(7, 5, dtype=dtype)
+    x, weight = torch.randn(8, 5, dtype=dtype), torch.randn(7, 5, dtype=dtype)
     assert torch.equal(products.linear(x, weight), F.linear(x, weight))
 
 
@@ -85,6 +85,18 @@ def test_a_gradient_of_the_weights_is_that_of_torchs_layer() -> None:
     grad = torch.randn(4, 3, 5)
     (expected,) = torch.autograd.grad(F.linear(x, weight), weight, grad)
     torch.testing.assert_close(products.weight_gradient(grad, x, weight), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_has_the_gradients_of_torchs_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, images = timm.create_model("vip_tiny", img_size=16, num_classes=3), torch.randn(2, 3, 16, 16)
+    parameters, results = list(model.parameters()), []
+    for is_faster in (True, False):
+        monkeypatch.setattr(products, "ONEDNN_IS_FASTER", is_faster)
+        logits = model(images)
+        results.append([logits, *torch.autograd.grad(logits.square().sum(), parameters)])
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-3, atol=1e-4 * torchs.abs().max().item())
 
 
 @pytest.mark.parametrize("tokens", [2, 3])
