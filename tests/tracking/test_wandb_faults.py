@@ -110,6 +110,7 @@ def test_the_service_killed_in_mid_run_is_one_warning(
     assert [message.startswith("wandb: given up (") for message in warnings_of(caplog)] == [True]
     assert f"replay_tracking.py {tmp_path}` sends it" in warnings_of(caplog)[0]
     assert services() == []
+    assert wandb.run is None, "else the next run of the process could not log in"
 
 
 def test_a_service_that_hangs_delays_neither_the_steps_nor_the_end(
@@ -128,6 +129,7 @@ def test_a_service_that_hangs_delays_neither_the_steps_nor_the_end(
     assert time.monotonic() - started < 15
     assert [message.startswith("wandb: given up (no end within 2 s)") for message in warnings_of(caplog)] == [True]
     assert services() == []
+    assert wandb.run is None
 
 
 def test_secrets_reach_no_file_of_wandb(tmp_path: Path, no_account: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import wandb
+from wandb.sdk.lib.module import unset_globals
 from wandb.sdk.lib.runid import generate_id
 
 from vip.tracking.base import Record, TrackingConfig, View
@@ -225,6 +226,7 @@ def _end_session() -> None:
     with contextlib.suppress(Exception, SystemExit):
         if wandb.run is not None:  # its threads would fail later, each with a traceback
             wandb.run.finish(exit_code=1)
+    unset_globals()  # a run without its service cannot finish, and while there is one, no other logs in
     with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()
 
