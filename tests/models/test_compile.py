@@ -16,7 +16,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     torch._dynamo.reset()
     asked: list[torch.fx.GraphModule] = []
 
-    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor], **__: object) -> torch.fx.GraphModule:
         asked.append(graph)
         return graph
 

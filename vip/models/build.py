@@ -95,15 +95,24 @@ def input_spec(config: ModelConfig, model: nn.Module) -> InputSpec:
 
 def compile_model(model: nn.Module) -> None:
     """torch.compile in place: a Vision Permutator block by block, so that one compilation serves every equal block."""
+    options: dict[str, Any] = {}
+    if next(model.parameters()).device.type == "cpu":
+        # Kernels are compiled for what the CPU says it has. To try each set of instructions first, inductor starts
+        # programs that import torch, three to six in every process, before anything else.
+        options["cpp.vec_isa_ok"] = True
     if not isinstance(model, VisionPermutator):
-        model.compile(dynamic=False)
+        model.compile(dynamic=False, options=options or None)
         return
+    if options:
+        # Sums of regrouped tensors get loops of their own, over segments: in a norm's loop, over all channels, they
+        # are not vectorised.
+        options["realize_acc_reads_threshold"] = 5
     # Blocks of one stage differ only in weights and drop rate, but each stage has its own shapes to compile for.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     for module in model.modules():
         if isinstance(module, PermutatorBlock):
             skips = isinstance(module.drop_path, SubsetDropPath)
-            (module.drop_path if skips else module).compile(dynamic=False)
+            (module.drop_path if skips else module).compile(dynamic=False, options=options or None)
 
 
 def _fuse_norms(model: nn.Module, name: str) -> None:
