@@ -171,7 +171,7 @@ def test_each_shape_of_block_is_compiled_once_whatever_the_rate(monkeypatch: pyt
     torch._dynamo.reset()
     graphs = []
 
-    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor], **__: object) -> torch.fx.GraphModule:
         graphs.append(graph)
         return graph
 
