@@ -97,8 +97,8 @@ def compile_model(model: nn.Module) -> None:
     """torch.compile in place: a Vision Permutator block by block, so that one compilation serves every equal block."""
     options: dict[str, Any] = {}
     if next(model.parameters()).device.type == "cpu":
-        # Kernels are compiled for what the CPU says it has. To try each set of instructions first, inductor starts
-        # programs that import torch, three to six in every process, before anything else.
+        # Kernels are compiled for what the CPU says it has. To try that first, inductor starts a program that imports
+        # torch for each set of instructions, one after the other, in every process. It still tries the newer sets.
         options["cpp.vec_isa_ok"] = True
     if not isinstance(model, VisionPermutator):
         model.compile(dynamic=False, options=options or None)
