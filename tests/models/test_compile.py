@@ -10,23 +10,6 @@ from vip.models.build import compile_model
 from vip.stochastic_depth import set_drop_path_rate
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
-    """What torch.compile is asked to compile from here on, whole or not at all; it is run as it is."""
-    torch._dynamo.reset()
-    asked: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, _: list[Tensor], **__: object) -> torch.fx.GraphModule:
-        asked.append(graph)
-        return graph
-
-    compiler = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda *args, **options: compiler(*args, backend=backend, fullgraph=True, **options)
-    )
-    return asked
-
-
 def step(model: nn.Module, images: Tensor, autocast: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = model(images)

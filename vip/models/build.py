@@ -95,13 +95,13 @@ def input_spec(config: ModelConfig, model: nn.Module) -> InputSpec:
 
 def compile_model(model: nn.Module) -> None:
     """torch.compile in place: a Vision Permutator block by block, so that one compilation serves every equal block."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] | None = None
     if next(model.parameters()).device.type == "cpu":
         # Kernels are compiled for what the CPU says it has. To try that first, inductor starts a program that imports
         # torch for each set of instructions, one after the other, in every process. It still tries the newer sets.
-        options["cpp.vec_isa_ok"] = True
+        options = {"cpp.vec_isa_ok": True}
     if not isinstance(model, VisionPermutator):
-        model.compile(dynamic=False, options=options or None)
+        model.compile(dynamic=False, options=options)
         return
     if options:
         # Sums of regrouped tensors get loops of their own, over segments: in a norm's loop, over all channels, they
@@ -112,7 +112,7 @@ def compile_model(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PermutatorBlock):
             skips = isinstance(module.drop_path, SubsetDropPath)
-            (module.drop_path if skips else module).compile(dynamic=False, options=options or None)
+            (module.drop_path if skips else module).compile(dynamic=False, options=options)
 
 
 def _fuse_norms(model: nn.Module, name: str) -> None:
