@@ -17,6 +17,6 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
 
     compiler = torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda *args, **options: compiler(*args, backend=backend, fullgraph=True, **options)
+        torch, "compile", lambda *args, **options: compiler(*args, **options | {"backend": backend, "fullgraph": True})
     )
     return asked

@@ -3,7 +3,9 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import vip  # noqa: F401 (registers the models)
 from vip.models.build import compile_model
@@ -43,3 +45,30 @@ def test_another_number_of_images_is_the_only_thing_that_compiles_again(graphs: 
     for batch, num_graphs in ((4, 2), (4, 2), (3, 4), (4, 4), (3, 4)):
         step(model, torch.randn(batch, 3, 32, 32), autocast=False)
         assert len(graphs) == num_graphs
+
+
+def test_on_a_cpu_gelu_and_softmax_are_left_to_torchs_own_kernels() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+    class Layer(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.gelu(super().forward(x)).softmax(1)
+
+    model = Layer(5, 6)
+    x = torch.randn(4, 5, requires_grad=True)
+
+    def results() -> list[Tensor]:
+        out = model(x)
+        return [out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()])]
+
+    expected = results()
+    compile_model(model)
+    results()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        compiled = results()
+    for one, other in zip(compiled, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    kernels = {event.name for event in seen.events()}
+    assert {"aten::gelu", "aten::gelu_backward", "aten::_softmax"} <= kernels
+    assert "aten::_softmax_backward_data" not in kernels, "it ran as it is"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import timm
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, fx, nn
 
 from vip import apex_kernels
 from vip.models.permutator import PermutatorBlock, VisionPermutator
@@ -95,24 +95,41 @@ def input_spec(config: ModelConfig, model: nn.Module) -> InputSpec:
 
 def compile_model(model: nn.Module) -> None:
     """torch.compile in place: a Vision Permutator block by block, so that one compilation serves every equal block."""
-    options: dict[str, Any] | None = None
+    how: dict[str, Any] = {"dynamic": False}
     if next(model.parameters()).device.type == "cpu":
         # Kernels are compiled for what the CPU says it has. To try that first, inductor starts a program that imports
         # torch for each set of instructions, one after the other, in every process. It still tries the newer sets.
-        options = {"cpp.vec_isa_ok": True}
+        how |= {"backend": inductor_for_cpus, "options": {"cpp.vec_isa_ok": True}}
     if not isinstance(model, VisionPermutator):
-        model.compile(dynamic=False, options=options)
+        model.compile(**how)
         return
-    if options:
+    if "options" in how:
         # Sums of regrouped tensors get loops of their own, over segments: in a norm's loop, over all channels, they
         # are not vectorised.
-        options["realize_acc_reads_threshold"] = 5
+        how["options"]["realize_acc_reads_threshold"] = 5
     # Blocks of one stage differ only in weights and drop rate, but each stage has its own shapes to compile for.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     for module in model.modules():
         if isinstance(module, PermutatorBlock):
             skips = isinstance(module.drop_path, SubsetDropPath)
-            (module.drop_path if skips else module).compile(dynamic=False, options=options)
+            (module.drop_path if skips else module).compile(**how)
+
+
+def inductor_for_cpus(graph: fx.GraphModule, inputs: list[Tensor], options: dict[str, Any]) -> Any:
+    """A backend of torch.compile: inductor, but GELU and softmax are left to torch's own kernels.
+
+    Inductor's loops call a library's exponential, slower than the rest of them by far, and draw the gate's softmax, over
+    elements that are not neighbours, into the loop that mixes the branches, which is not vectorised then.
+    """
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.lowering import FALLBACK_ALLOW_LIST
+
+    aten = torch.ops.aten
+    whole = (aten.gelu.default, aten.gelu_backward.default, aten._softmax.default)
+    FALLBACK_ALLOW_LIST.update(operation.name() for operation in whole)
+    parts = {operation: how for operation, how in select_decomp_table().items() if operation not in whole}
+    return compile_fx(graph, inputs, config_patches=options, decompositions=parts)
 
 
 def _fuse_norms(model: nn.Module, name: str) -> None:
