@@ -36,6 +36,16 @@ def test_no_loss_scaling_where_none_is_needed(name: str) -> None:
     assert scaler.state_dict() == {}
 
 
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_cpu_without_bf16_is_said_to_be_slow(monkeypatch: pytest.MonkeyPatch, has_bf16: bool) -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch is built without oneDNN")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    said = Precision(PrecisionConfig("bf16"), CPU).drawback()
+    assert said is None if has_bf16 else said.startswith("precision=bf16: this CPU has no instructions for it")
+    assert Precision(PrecisionConfig("fp32"), CPU).drawback() is None
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_fp16_scales_the_loss_on_cuda() -> None:

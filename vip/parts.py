@@ -40,6 +40,8 @@ def build(
     """Every part of a run from its configuration; `weights` is where those to begin with are, None for new ones."""
     num_classes = len(train_set.class_names)
     precision = Precision(run.precision, world.device)
+    if world.is_main and (drawback := precision.drawback()):
+        warn(f"warning: {drawback}")
     torch.manual_seed(run.seed)
     model = build_model(run.model, num_classes)
     if weights is not None:

@@ -39,6 +39,17 @@ class Precision:
         self.dtype = DTYPES[config.name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.name == "fp16")
 
+    def drawback(self) -> str | None:
+        """What speaks against the format on this device, in one line; None if nothing does."""
+        if self.device.type != "cpu" or self.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+            return None
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return None
+        return (
+            "precision=bf16: this CPU has no instructions for it (AVX-512 and later have), which makes products "
+            "several times slower than float32's; take precision=fp32"
+        )
+
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
