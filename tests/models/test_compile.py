@@ -1,4 +1,4 @@
-"""Regional compilation: as many graphs as there are kinds of block, whatever comes after the first step."""
+"""Regional compilation: as many graphs as there are kinds of block, whatever comes after the first step; inductor on a CPU."""
 
 import pytest
 import timm

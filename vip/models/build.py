@@ -127,9 +127,9 @@ def inductor_for_cpus(graph: fx.GraphModule, inputs: list[Tensor], options: dict
 
     aten = torch.ops.aten
     whole = (aten.gelu.default, aten.gelu_backward.default, aten._softmax.default)
-    FALLBACK_ALLOW_LIST.update(operation.name() for operation in whole)
-    parts = {operation: how for operation, how in select_decomp_table().items() if operation not in whole}
-    return compile_fx(graph, inputs, config_patches=options, decompositions=parts)
+    FALLBACK_ALLOW_LIST.update(operation.name() for operation in whole)  # else it insists on taking them apart
+    table = {operation: parts for operation, parts in select_decomp_table().items() if operation not in whole}
+    return compile_fx(graph, inputs, config_patches=options, decompositions=table)
 
 
 def _fuse_norms(model: nn.Module, name: str) -> None:
