@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -239,6 +240,18 @@ def test_what_is_saved_is_the_state_of_that_moment(tmp_path: Path) -> None:
     for step in range(1, 6):
         state = checkpoint.read(tmp_path / checkpoint.STEP_FILE.format(step)).state
         assert (state["w"].unique().tolist(), state["n"]) == ([step], [step])
+
+
+def test_training_goes_on_before_a_save_has_ended(tmp_path: Path) -> None:
+    folder, heard, said = tmp_path / "checkpoints", threading.Event(), []
+    folder.touch()  # a file where the folder should be: the save fails, and ends when its warning has been taken
+    writer = checkpoint.Writer(folder, 2, lambda line: said.append((heard.wait(60), line)))
+    writer.save({"step": 1, "w": torch.ones(9)}, is_best=False)
+    assert writer.busy
+    heard.set()
+    assert writer.wait() == 0
+    assert not writer.busy
+    assert [was_heard for was_heard, _ in said] == [True]
 
 
 def test_a_save_that_fails_is_said_and_the_next_one_tries_again(tmp_path: Path) -> None:
