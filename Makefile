@@ -38,13 +38,14 @@ clean:  ## remove what make made: environments and caches, not runs/ and dataset
 	rm -rf $(VENV) $(LATEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
 # uv comes from the lock as well, by version and hash. The stamp is the last thing written: an interrupted install starts over.
+# Bytecode is written now: where Python may not later (a read-only disk, PYTHONDONTWRITEBYTECODE), each start takes twice as long.
 $(VENV)/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: $$($(PYTHON) --version 2>&1) is too old, 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "make: $(PYTHON) cannot make a venv; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@awk '/^uv==/{on=1} on{print} on&&!/\\$$/{exit}' requirements.lock > $(VENV)/uv.lock
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r $(VENV)/uv.lock
-	$(VENV)/bin/uv pip sync -q --python $(VENV)/bin/python --require-hashes requirements.lock
+	$(VENV)/bin/uv pip sync -q --python $(VENV)/bin/python --require-hashes --compile-bytecode requirements.lock
 	@touch $@
 
 # The project itself and its native core, without which torch decodes; tried again by every make until it is there.
@@ -56,6 +57,6 @@ $(VENV)/built: $(VENV)/installed setup.py $(wildcard data/native/*.[ch])
 
 $(LATEST)/installed: pyproject.toml $(VENV)/installed
 	$(PYTHON) -m venv $(LATEST)
-	$(VENV)/bin/uv pip install -q --no-config --upgrade --python $(LATEST)/bin/python -e '.[dev]'
+	$(VENV)/bin/uv pip install -q --no-config --compile-bytecode --upgrade --python $(LATEST)/bin/python -e '.[dev]'
 	@$(LATEST)/bin/python -c 'import torch, torchvision, timm; print("torch", torch.__version__, "torchvision", torchvision.__version__, "timm", timm.__version__)'
 	@touch $@

@@ -15,12 +15,19 @@ from pathlib import Path
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; scripts/launch.sh sets it too
+# Else inductor tries what the CPU's flags promise: a new Python that imports torch for each, in each process that compiles.
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 
 from scripts.faults.launch import Launch
 
 ROOT = Path(__file__).resolve().parents[1]
 HANGS = 130  # seconds after which a launch of two or three processes hangs
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest group first: begun last, it would keep one worker while the other has nothing left."""
+    items.sort(key=lambda item: "tests/slurm" not in item.nodeid)
 
 
 def command(script: str, *arguments: str, processes: int = 0) -> list[str]:

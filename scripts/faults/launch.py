@@ -8,6 +8,7 @@ Ranks get the environment that torchrun would give them. All of them are killed 
 process that launched them, however that ends.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -95,7 +96,8 @@ class Launch:
         """Send a signal to one rank, or to all of them at once; those that have ended do not mind."""
         for process in self.ranks if rank is None else [self.ranks[rank]]:
             if process.is_alive():
-                os.kill(process.pid or 0, number)
+                with contextlib.suppress(ProcessLookupError):  # it has ended since
+                    os.kill(process.pid or 0, number)
 
     def stop(self) -> list[int]:
         """Kill all that is left of it; exit statuses by rank."""
