@@ -209,7 +209,7 @@ def drill(cluster: Cluster, folder: Path, digits: Path, names: Sequence[str]) ->
             os.setpriority(os.PRIO_PROCESS, pid, 10)
         costs = {name: suffer(run, CAUSES[name]) for name in names}
         state = run.end()
-        if any(undisturbed.wait(PATIENCE_S)):
+        if any(undisturbed.wait(2 * PATIENCE_S)):
             raise RuntimeError(undisturbed.output)
     last = f"runs/run/checkpoints/step_{num_steps:010d}.safetensors"
     one, other = load_file(folder / "nodes" / last), load_file(folder / "undisturbed" / last)
