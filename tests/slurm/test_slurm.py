@@ -29,8 +29,8 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_ends_with_the_bits_of_an_undisturbed_one_whatever_the_cluster_does(
     cluster: Cluster, tmp_path: Path, digits: Path
 ) -> None:
-    """Those that come with a warning, and one without; python -m tests.slurm.drill has them all."""
-    report = drill(cluster, tmp_path, digits, ["preemption", "time_limit", "killed_node"])
+    """The other causes take longer: python -m tests.slurm.drill."""
+    report = drill(cluster, tmp_path, digits, ["killed_worker", "requeue", "preemption", "time_limit", "killed_node"])
     assert report.state == "COMPLETED", report.said
     assert report.said.endswith("DONE: runs/run\n")
     assert report.differing == [], "two nodes, interrupted, against one node"

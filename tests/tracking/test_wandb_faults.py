@@ -21,7 +21,6 @@ from vip.tracking.wandb_run import WandbTracker
 
 TRAINING = {"epoch": 0.5, "train/loss": 1.25, "train/lr": 1e-3, "train/images_per_s": 640.0, "train/data_wait": 0.03}
 VALIDATION = {"epoch": 1.0, "val/top1": 81.48, "val/top5": 95.76, "val/loss": 0.75, "val/best_top1": 82.0}
-BUSY_S = 30  # seconds that a busy machine may add to a limit of the program; W&B's own are longer
 ONLINE, OFFLINE = TrackingConfig("wandb", "online", "vip"), TrackingConfig("wandb", "offline", "vip")
 
 
@@ -41,7 +40,7 @@ def test_online_without_a_key_warns_and_records_offline_at_once(
 ) -> None:
     started = time.monotonic()
     tracker = WandbTracker(ONLINE, "x", tmp_path, {}, "abcd1234")
-    assert time.monotonic() - started < wandb_run.START_LIMIT + BUSY_S
+    assert time.monotonic() - started < 10
     tracker.log(1, TRAINING)
     tracker.close("interrupted")
     (warning,) = warnings_of(caplog)
@@ -59,11 +58,11 @@ def test_wandb_unreachable_delays_the_start_by_at_most_10_s_and_records_offline(
     with black_hole() as silent_url, account(silent_url if kind == "black hole" else refusing_url()):
         started = time.monotonic()
         tracker = WandbTracker(ONLINE, "x", tmp_path, {}, "abcd1234")
-        assert time.monotonic() - started < wandb_run.START_LIMIT + BUSY_S
+        assert time.monotonic() - started < 10
         tracker.log(1, TRAINING)
         ended = time.monotonic()
         tracker.close("done")
-        assert time.monotonic() - ended < BUSY_S
+        assert time.monotonic() - ended < 10
     (warning,) = warnings_of(caplog)
     assert re.match(
         r"wandb: no connection \(.+\); recording offline, to be sent by `wandb sync .+/offline-run-\*`$", warning
@@ -125,9 +124,9 @@ def test_a_service_that_hangs_delays_neither_the_steps_nor_the_end(
     for step in range(20_000):  # more than the pipe to the service holds
         tracker.log(step, TRAINING)
     print("still")  # goes through wandb where it captures the console
-    assert time.monotonic() - started < BUSY_S
+    assert time.monotonic() - started < 5
     tracker.close("done")
-    assert time.monotonic() - started < wandb_run.CLOSE_LIMIT + 2 * BUSY_S
+    assert time.monotonic() - started < 15
     assert [message.startswith("wandb: given up (no end within 2 s)") for message in warnings_of(caplog)] == [True]
     assert services() == []
     assert wandb.run is None
