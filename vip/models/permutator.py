@@ -23,6 +23,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from vip.models.checks import check_choice, check_img_size, nearest
+from vip.models.fusion import gate_of, mean_of_sum, scaled_sum, weighted_sum
 from vip.models.norm import LayerNorm
 from vip.models.products import Linear, linear
 from vip.models.recompute import Mlp, regroup, regroup_back, regrouped_linear
@@ -79,15 +80,13 @@ class PermuteMlp(nn.Module):
         """(B, H, W, C) -> (B, H, W, C)."""
         B, H, W, C = x.shape
         x = x.view(B, H, W, -1, self.segment_dim)
-        if self.reweight is not None:
-            logits = self.reweight(self.mean_of_sum(x)).view(B, C, 3).permute(2, 0, 1)
-            gate = logits.contiguous().softmax(0).view(3, B, 1, 1, -1, self.segment_dim)
         x_h, x_w, x_c = self.mix_rows(x), self.mix_columns(x), self.mix_channels(x)
-        if self.reweight is not None:
-            gate = gate.to(x_c.dtype)
-            mixed = (x_c * gate[2]).addcmul_(x_h, gate[0]).addcmul_(x_w, gate[1])
-        else:
+        if self.reweight is None:
             mixed = x_c + x_h + x_w
+        elif torch.jit.is_scripting():
+            mixed = scaled_sum(x_h, x_w, x_c, gate_of(self.reweight(mean_of_sum(x_h, x_w, x_c))))
+        else:
+            mixed = weighted_sum(x_h, x_w, x_c, self.reweight)
         return self.proj(mixed.reshape(B, H, W, C))
 
     def mix_rows(self, x: Tensor) -> Tensor:
@@ -107,23 +106,6 @@ class PermuteMlp(nn.Module):
     def mix_channels(self, x: Tensor) -> Tensor:
         """x_c: mixes the channels of each token. (B, H, W, N, S) -> (B, H, W, N, S)."""
         return self.mlp_c(x.flatten(3)).view(x.shape)
-
-    def mean_of_sum(self, x: Tensor) -> Tensor:
-        """The mean of x_h + x_w + x_c over the grid. (B, H, W, N, S) -> (B, C).
-
-        It is linear in x, so it is had from the means of x over each row, each column and all tokens: products 1/W, 1/H
-        and 1/(H*W) the size, and no pass over the three results.
-        """
-        _, H, W, _, _ = x.shape
-        # Not mean(): its gradient is as large as x, that of sum() a view. Autocast would widen the sum.
-        row_means = x.sum(2, keepdim=True, dtype=x.dtype) / W
-        column_means = x.sum(1, keepdim=True, dtype=x.dtype) / H
-        mean = row_means.sum(1, keepdim=True, dtype=x.dtype) / H
-        return (
-            self.mix_rows(row_means).mean((1, 2))
-            + self.mix_columns(column_means).mean((1, 2))
-            + self.mix_channels(mean).mean((1, 2))
-        ).flatten(1)
 
 
 class PermutatorBlock(nn.Module):

@@ -32,15 +32,15 @@ class Mlp(nn.Module):
 
 def gelu_linear(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
     """layer(gelu(x)): (..., C_in) -> (..., C_out)."""
-    if _recomputes(layer):
-        return _GeluLinear.apply(*_autocast(x, layer.weight, layer.bias))
+    if may_bypass(layer):
+        return _GeluLinear.apply(*autocast(x, layer.weight, layer.bias))
     return layer(F.gelu(x))
 
 
 def regrouped_linear(x: Tensor, layer: nn.Linear, axes: list[int]) -> Tensor:
     """`layer` on the last two of `axes` as one: 5-D -> the same shape."""
-    if _recomputes(layer):
-        return _RegroupedLinear.apply(*_autocast(x, layer.weight), axes)
+    if may_bypass(layer):
+        return _RegroupedLinear.apply(*autocast(x, layer.weight), axes)
     return regroup_back(layer(regroup(x, axes)), x, axes)
 
 
@@ -55,9 +55,9 @@ def regroup_back(y: Tensor, x: Tensor, axes: list[int]) -> Tensor:
     return y.view([x.shape[axis] for axis in axes]).permute(inverse).contiguous()
 
 
-def _recomputes(layer: nn.Module) -> bool:
+def may_bypass(layer: nn.Module) -> bool:
     """Whether `layer` may be left uncalled for its weights: not where anybody watches or has replaced it, nor when traced."""
-    is_plain = type(layer) in (Linear, nn.Linear) and not (
+    is_plain = type(layer) in (Linear, nn.Linear, Mlp) and not (
         layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks
     )
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -107,10 +107,10 @@ class _RegroupedLinear(torch.autograd.Function):
         return regroup_back(linear(grad, weight.mT), x, ctx.axes), of_weight, None
 
 
-def _autocast(x: Tensor, *weights: Tensor | None) -> list[Tensor | None]:
+def autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """All in the format that autocast computes products in: cast here, where autograd sees it, not inside the function."""
     device = x.device.type
     if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return [x, *weights]
+        return [x, *others]
     dtype = torch.get_autocast_dtype(device)
-    return [x.to(dtype), *(None if weight is None else weight.to(dtype) for weight in weights)]
+    return [x.to(dtype), *(None if other is None else other.to(dtype) for other in others)]
