@@ -1,4 +1,4 @@
-"""Layers that compute again what they do not store: gradients, number formats, and what a network keeps for its backward pass."""
+"""Layers with gradients of their own: their values, number formats, and what a network keeps for its backward pass."""
 
 import pytest
 import timm
@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import vip  # noqa: F401 (registers the models)
 from scripts.bench.literal import make_literal
 from scripts.bench.traffic import CudaRules
+from vip.models.fusion import mean_of_sum, weighted_sum
 from vip.models.recompute import Mlp, gelu_linear, regrouped_linear
 
 ROWS = [0, 2, 3, 1, 4]
@@ -45,6 +46,27 @@ def fast_rows(x: Tensor, weight: Tensor) -> Tensor:
     return regrouped_linear(x, layer_of(weight), ROWS)
 
 
+def of_sum(dtype: torch.dtype = torch.float64, rows: int = 3) -> list[Tensor]:
+    shapes = [(3, 2, rows, 2, 2, 3), (4, 6), (4,), (18, 4), (18,)]
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def fast_sum(x: Tensor, *weights: Tensor) -> Tensor:
+    return weighted_sum(*x, mlp_of(*weights))
+
+
+def plain_sum(x: Tensor, *weights: Tensor) -> Tensor:
+    mlp = mlp_of(*weights)
+    mlp.register_forward_hook(lambda *_: None)  # so that it is called
+    return weighted_sum(*x, mlp)
+
+
+def mlp_of(fc1: Tensor, bias1: Tensor, fc2: Tensor, bias2: Tensor) -> Mlp:
+    mlp = Mlp(6, 4, 18)
+    mlp.fc1, mlp.fc2 = layer_of(fc1, bias1), layer_of(fc2, bias2)
+    return mlp
+
+
 def layer_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """With these very tensors, so that gradients reach them."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
@@ -53,7 +75,7 @@ def layer_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     return layer
 
 
-PAIRS = [(fast_gelu, plain_gelu, of_gelu), (fast_rows, plain_rows, of_rows)]
+PAIRS = [(fast_gelu, plain_gelu, of_gelu), (fast_rows, plain_rows, of_rows), (fast_sum, plain_sum, of_sum)]
 
 
 @pytest.mark.parametrize(("layer", "plain", "inputs"), PAIRS)
@@ -99,6 +121,14 @@ def test_weights_cast_for_the_layer_still_learn_from_another_use() -> None:
     assert weight.grad.abs().sum() > 0
 
 
+def test_sums_over_the_grid_may_exceed_float16() -> None:
+    branches = [torch.full((1, 32, 32, 2, 3), 100, dtype=torch.float16, requires_grad=True) for _ in range(3)]
+    assert mean_of_sum(*branches).unique().item() == 300
+    weights = [weight.detach().half().requires_grad_() for weight in of_sum()[1:]]
+    fast_sum(branches, *weights).backward(torch.full_like(branches[0], 100))
+    assert all(leaf.grad.isfinite().all() for leaf in (*branches, *weights))
+
+
 def test_frozen_weights_and_inputs_are_left_alone() -> None:
     mlp = Mlp(4, 8)
     mlp.fc2.requires_grad_(False)
@@ -114,10 +144,11 @@ def test_layers_that_are_watched_or_replaced_are_called() -> None:
     model = timm.create_model("vip_tiny", num_classes=3, img_size=8)
     block = model.network[0][0]
     expected, called = model(torch.ones(2, 3, 8, 8)), []
-    for layer in (block.mlp.fc2, block.attn.mlp_h, block.attn.mlp_w):
+    watched = [block.mlp.fc2, block.attn.mlp_h, block.attn.mlp_w, block.attn.reweight.fc1, block.attn.reweight]
+    for layer in watched:
         layer.register_forward_hook(lambda layer, inputs, out: called.append(layer))
     assert torch.equal(model(torch.ones(2, 3, 8, 8)), expected)
-    assert set(called) == {block.mlp.fc2, block.attn.mlp_h, block.attn.mlp_w}
+    assert set(called) == set(watched)
     block.mlp.fc2 = nn.Sequential(block.mlp.fc2, nn.Tanh())  # as adapters do
     assert not torch.equal(model(torch.ones(2, 3, 8, 8)), expected)
 

@@ -4,6 +4,8 @@ Autograd would give each branch two gradients, one by the sum and one by the mea
 pass of its own. The function here knows both before it writes either. A compiler fuses plain operations as well by itself.
 """
 
+# ruff: noqa: N806 (capital letters are dimensions: see vip/models/permutator.py)
+
 from typing import Any
 
 import torch
@@ -23,11 +25,8 @@ def weighted_sum(x_h: Tensor, x_w: Tensor, x_c: Tensor, reweight: Mlp) -> Tensor
 
 def mean_of_sum(x_h: Tensor, x_w: Tensor, x_c: Tensor) -> Tensor:
     """The mean of x_h + x_w + x_c over the grid. (B, H, W, N, S) each -> (B, C)."""
-    _, H, W, _, _ = x_c.shape
-    # Not mean(), several times as slow in bf16 on a CPU. A sum over all tokens may exceed float16.
-    dtype = torch.float32 if x_c.dtype == torch.float16 else x_c.dtype
-    total = x_h.sum((1, 2), dtype=dtype) + x_w.sum((1, 2), dtype=dtype) + x_c.sum((1, 2), dtype=dtype)
-    return (total / (H * W)).flatten(1).to(x_c.dtype)
+    total = _over_grid(x_h) + _over_grid(x_w) + _over_grid(x_c)
+    return (total / (x_c.shape[1] * x_c.shape[2])).to(x_c.dtype)
 
 
 def gate_of(logits: Tensor) -> Tensor:
@@ -60,20 +59,38 @@ class _WeightedSum(torch.autograd.Function):
         mean, x_h, x_w, x_c, fc1, bias1, fc2, bias2 = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
             mean = mean_of_sum(x_h, x_w, x_c)
-        B, H, W, N, S = x_c.shape
         gate, hidden = _gate(mean, fc1, bias1, fc2, bias2)
-        of_gate = torch.stack([(grad * x).sum((1, 2)).flatten(1) for x in (x_h, x_w, x_c)])
-        of_logits = gate * (of_gate - (gate * of_gate).sum(0))
-        of_logits = of_logits.permute(1, 2, 0).flatten(1).to(fc2.dtype)
-        of_hidden = torch.ops.aten.gelu_backward(of_logits @ fc2, hidden)
-        of_token = (of_hidden @ fc1 / (H * W)).view(B, 1, 1, N, S)  # the same at every place of the grid
+        of_gate = torch.stack([_over_grid(grad * x) for x in (x_h, x_w, x_c)])
+        of_mean, *of_weights = _gate_backward(of_gate, gate, hidden, mean, fc1, fc2)
+        B, H, W, N, S = x_c.shape
+        of_token = (of_mean / (H * W)).view(B, 1, 1, N, S)
         gate = gate.to(grad.dtype).view(3, B, 1, 1, N, S)
-        of_branches = [torch.addcmul(of_token, grad, gate[branch]) for branch in range(3)]
-        of_weights = [of_hidden.mT @ mean, of_hidden.sum(0), of_logits.mT @ F.gelu(hidden), of_logits.sum(0)]
-        return (*of_branches, *of_weights)
+        return (*(torch.addcmul(of_token, grad, gate[branch]) for branch in range(3)), *of_weights)
 
 
 def _gate(mean: Tensor, fc1: Tensor, bias1: Tensor, fc2: Tensor, bias2: Tensor) -> tuple[Tensor, Tensor]:
     """The weights (3, B, C), and the hidden layer (B, C / 4) before its GELU."""
     hidden = F.linear(mean, fc1, bias1)
     return gate_of(F.linear(F.gelu(hidden), fc2, bias2)), hidden
+
+
+def _gate_backward(
+    of_gate: Tensor, gate: Tensor, hidden: Tensor, mean: Tensor, fc1: Tensor, fc2: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of what `_gate` takes, in its order."""
+    of_logits = gate * (of_gate - (gate * of_gate).sum(0))
+    of_logits = of_logits.permute(1, 2, 0).flatten(1).to(fc2.dtype)
+    of_hidden = torch.ops.aten.gelu_backward(of_logits @ fc2, hidden)
+    return (
+        of_hidden @ fc1,
+        of_hidden.mT @ mean,
+        of_hidden.sum(0),
+        of_logits.mT @ F.gelu(hidden),
+        of_logits.sum(0),
+    )
+
+
+def _over_grid(x: Tensor) -> Tensor:
+    """The sum over all tokens: (B, H, W, N, S) -> (B, C)."""
+    # One of float16 may exceed its range. Those of bfloat16 stay narrow: a CPU takes three times as long to widen them.
+    return x.sum((1, 2), dtype=torch.float32 if x.dtype == torch.float16 else x.dtype).flatten(1)
