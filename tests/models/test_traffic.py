@@ -16,7 +16,7 @@ from vip.models.build import ModelConfig, build_model
 from vip.models.permutator import PermutatorBlock, PermuteMlp
 from vip.stochastic_depth import DropPath, StochasticDepthConfig
 
-MEGABYTES = {"vip_s7": 764, "vip_l7": 2038}  # 0.677 of what the literal form moves
+MEGABYTES = {"vip_s7": 700, "vip_l7": 1866}  # 0.62 of what the literal form moves
 TOLERANCE = {torch.float64: (1e-10, 1e-10), torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.1, 0.04)}
 
 

@@ -2,7 +2,7 @@
 
 Tokens stay contiguous as (B, H, W, C) from the patches to the head. Each block regroups them once per direction and
 copies the results back, since a sum of views permuted in different ways costs more than the copies; one expression
-mixes them. Plain operations throughout, so that a compiler sees the whole network and fuses it. Names of parameters are
+mixes them. A compiler sees plain operations throughout, and fuses them. Names of parameters are
 those of the published checkpoints, which is why the token mixer is called `attn` though nothing attends.
 
 Legend: B batch, H rows and W columns of the token grid, C channels = N segments of S channels, P pixels or tokens per
