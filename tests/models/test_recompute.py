@@ -149,8 +149,14 @@ def test_layers_that_are_watched_or_replaced_are_called() -> None:
         layer.register_forward_hook(lambda layer, inputs, out: called.append(layer))
     assert torch.equal(model(torch.ones(2, 3, 8, 8)), expected)
     assert set(called) == set(watched)
-    block.mlp.fc2 = nn.Sequential(block.mlp.fc2, nn.Tanh())  # as adapters do
-    assert not torch.equal(model(torch.ones(2, 3, 8, 8)), expected)
+    for owner, name in ((block.mlp, "fc2"), (block.attn, "reweight")):
+        layer = getattr(owner, name)
+        setattr(owner, name, nn.Sequential(layer, nn.Sigmoid()))  # as adapters do
+        assert not torch.equal(model(torch.ones(2, 3, 8, 8)), expected)
+        setattr(owner, name, layer)
+    block.attn.reweight.fc1 = nn.Linear(*block.attn.reweight.fc1.weight.T.shape, bias=False)
+    model(torch.ones(2, 3, 8, 8)).sum().backward()
+    assert block.attn.reweight.fc1.weight.grad is not None
 
 
 def test_gradients_of_each_sample_by_function_transforms() -> None:

@@ -17,8 +17,8 @@ from vip.models.recompute import Mlp, autocast, may_bypass
 
 def weighted_sum(x_h: Tensor, x_w: Tensor, x_c: Tensor, reweight: Mlp) -> Tensor:
     """The branches, each scaled per sample and channel by a gate that sees their mean: (B, H, W, N, S) -> the same."""
-    fc1, fc2 = reweight.fc1, reweight.fc2
-    if all(may_bypass(layer) for layer in (reweight, fc1, fc2)):
+    if may_bypass(reweight) and all(may_bypass(fc) and fc.bias is not None for fc in (reweight.fc1, reweight.fc2)):
+        fc1, fc2 = reweight.fc1, reweight.fc2
         return _WeightedSum.apply(*autocast(x_h, x_w, x_c, fc1.weight, fc1.bias, fc2.weight, fc2.bias))[0]
     return scaled_sum(x_h, x_w, x_c, gate_of(reweight(mean_of_sum(x_h, x_w, x_c))))
 
