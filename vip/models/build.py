@@ -106,7 +106,7 @@ def compile_model(model: nn.Module) -> None:
     if "options" in how:
         # Sums of regrouped tensors get loops of their own, over segments: in a norm's loop, over all channels, they
         # are not vectorised.
-        how["options"]["realize_acc_reads_threshold"] = 5
+        how["options"]["realize_acc_reads_threshold"] = 2
     # Blocks of one stage differ only in weights and drop rate, but each stage has its own shapes to compile for.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     for module in model.modules():
