@@ -1,7 +1,7 @@
 """Where the time of a training step goes: torch's profiler, its operations sorted by what they are for.
 
 What belongs to a Vision Permutator's gate (the means it sees, its MLP, its softmax) is told from the rest by marks around
-the forward pass, and in the backward pass by the numbers that tie a gradient to the operation it is of.
+the functions that do it, and in autograd's own backward pass by the numbers that tie a gradient to the operation it is of.
 """
 
 from collections import Counter

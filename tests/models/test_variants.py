@@ -22,7 +22,7 @@ def test_cost_is_the_published_one(name: str, millions: float, giga_macs: float)
         with FlopCounterMode(display=False) as counter:
             form(torch.empty(1, 3, 224, 224, device="meta"))
         counts.append(counter.get_total_flops() / 2e9)
-    assert counts[0] == counts[1] == pytest.approx(giga_macs, rel=0.015)  # 0.1 below, of which the products are all
+    assert counts[0] == counts[1] == pytest.approx(giga_macs, rel=0.01, abs=0.1)  # products alone
 
 
 @pytest.mark.parametrize(

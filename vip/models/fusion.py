@@ -31,12 +31,13 @@ def mean_of_sum(x_h: Tensor, x_w: Tensor, x_c: Tensor) -> Tensor:
 
 def gate_of(logits: Tensor) -> Tensor:
     """The weights of x_h, x_w and x_c: (B, C * 3) -> (3, B, C)."""
-    return logits.view(logits.shape[0], -1, 3).permute(2, 0, 1).contiguous().softmax(0)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32  # as autocast has it
+    return logits.view(logits.shape[0], -1, 3).permute(2, 0, 1).contiguous().softmax(0, dtype=dtype)
 
 
 def scaled_sum(x_h: Tensor, x_w: Tensor, x_c: Tensor, gate: Tensor) -> Tensor:
     """(B, H, W, N, S) each, (3, B, C) -> (B, H, W, N, S)."""
-    gate = gate.to(x_c.dtype).view(3, x_c.shape[0], 1, 1, x_c.shape[3], x_c.shape[4])
+    gate = _like_tokens(gate, x_c)
     return (x_c * gate[2]).addcmul_(x_h, gate[0]).addcmul_(x_w, gate[1])
 
 
@@ -64,7 +65,7 @@ class _WeightedSum(torch.autograd.Function):
         of_mean, *of_weights = _gate_backward(of_gate, gate, hidden, mean, fc1, fc2)
         B, H, W, N, S = x_c.shape
         of_token = (of_mean / (H * W)).view(B, 1, 1, N, S)
-        gate = gate.to(grad.dtype).view(3, B, 1, 1, N, S)
+        gate = _like_tokens(gate, x_c)
         return (*(torch.addcmul(of_token, grad, gate[branch]) for branch in range(3)), *of_weights)
 
 
@@ -88,6 +89,11 @@ def _gate_backward(
         of_logits.mT @ F.gelu(hidden),
         of_logits.sum(0),
     )
+
+
+def _like_tokens(gate: Tensor, x: Tensor) -> Tensor:
+    """(3, B, C) -> (3, B, 1, 1, N, S), in the format of x."""
+    return gate.to(x.dtype).view(3, x.shape[0], 1, 1, x.shape[3], x.shape[4])
 
 
 def _over_grid(x: Tensor) -> Tensor:
