@@ -5,10 +5,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.profiler import ProfilerActivity, profile
 
 import vip  # noqa: F401 (registers the models)
+from vip.models import products
 from vip.models.build import compile_model
+from vip.models.permutator import Stage, VisionPermutator
 from vip.stochastic_depth import set_drop_path_rate
 
 
@@ -72,3 +75,19 @@ def test_on_a_cpu_gelu_and_softmax_are_left_to_torchs_own_kernels() -> None:
     kernels = {event.name for event in seen.events()}
     assert {"aten::gelu", "aten::gelu_backward", "aten::_softmax"} <= kernels
     assert "aten::_softmax_backward_data" not in kernels, "it ran as it is"
+
+
+@pytest.mark.parametrize("convolved", [False, True])
+def test_on_a_cpu_loops_neither_divide_nor_transpose(monkeypatch: pytest.MonkeyPatch, convolved: bool) -> None:
+    monkeypatch.setattr(products, "ONEDNN_IS_FASTER", convolved)
+    monkeypatch.setattr(products, "LEAST", 0)
+    torch._dynamo.reset()
+    model = VisionPermutator([Stage(1, 48, 6)], patch_size=4, img_size=32, num_classes=3)
+    compile_model(model)
+    with fresh_cache():  # what is cached shows no code
+        _, programs = run_and_get_code(step, model, torch.randn(8, 3, 32, 32), autocast=False)
+    assert len(programs) == 2, "forward and backward"
+    for program in programs:
+        assert ("ops.aten.convolution" in program) == convolved
+        assert "div_floor_integer" not in program
+        assert program.count("transpose_mxn") <= 1, "that of the gate's logits alone"

@@ -2,12 +2,15 @@
 
 import difflib
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import Annotated, Any
 
 import timm
 import torch
 from pydantic import Field
 from torch import Tensor, fx, nn
+from torch._prims_common import infer_size, make_contiguous_strides_for
 
 from vip import apex_kernels
 from vip.models.permutator import PermutatorBlock, VisionPermutator
@@ -107,6 +110,8 @@ def compile_model(model: nn.Module) -> None:
         # Sums of regrouped tensors get loops of their own, over segments: in a norm's loop, over all channels, they
         # are not vectorised.
         how["options"]["realize_acc_reads_threshold"] = 2
+        # Products may be convolutions (vip/models/products.py), but (B, H, W, C) is not to become "channels last".
+        how["options"]["layout_optimization"] = False
     # Blocks of one stage differ only in weights and drop rate, but each stage has its own shapes to compile for.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     for module in model.modules():
@@ -129,7 +134,24 @@ def inductor_for_cpus(graph: fx.GraphModule, inputs: list[Tensor], options: dict
     whole = (aten.gelu.default, aten.gelu_backward.default, aten._softmax.default)
     FALLBACK_ALLOW_LIST.update(operation.name() for operation in whole)  # else it insists on taking them apart
     table = {operation: parts for operation, parts in select_decomp_table().items() if operation not in whole}
+    table |= {aten.view.default: _view, aten._unsafe_view.default: _view_of_copy}
     return compile_fx(graph, inputs, config_patches=options, decompositions=table)
+
+
+def _view(x: Tensor, size: list[int]) -> Tensor:
+    """aten.view, which inductor does not look through where axes are joined and cut elsewhere: see `_view_of_copy`."""
+    inferred = infer_size(size, x.numel())
+    before, after = (set(accumulate(reversed(shape), mul)) for shape in (x.shape, inferred))
+    return NotImplemented if before <= after or after <= before else _view_of_copy(x, inferred)
+
+
+def _view_of_copy(x: Tensor, size: list[int] | tuple[int, ...]) -> Tensor:
+    """aten._unsafe_view, a view of the copy that reshaping took, which inductor does not look through.
+
+    Else it writes what is seen through a view in the shape of the view. Where that joins axes that come from different
+    places, as when tokens are regrouped, each element's place takes divisions, and no loop is vectorised.
+    """
+    return x.as_strided(size, make_contiguous_strides_for(size)) if x.is_contiguous() else NotImplemented
 
 
 def _fuse_norms(model: nn.Module, name: str) -> None:

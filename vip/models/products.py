@@ -48,7 +48,9 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def _as_images(x: Tensor) -> Tensor:
     """(..., C) -> (IMAGES, C, 1, W), channels last."""
-    return x.reshape(IMAGES, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+    # A plain view of what is not in memory yet would have inductor write it channels first (vip/models/build.py).
+    num_pixels = x.numel() // x.shape[-1] // IMAGES
+    return torch.ops.aten._unsafe_view(x.contiguous(), [IMAGES, 1, num_pixels, x.shape[-1]]).permute(0, 3, 1, 2)
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
