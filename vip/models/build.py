@@ -121,10 +121,11 @@ def compile_model(model: nn.Module) -> None:
 
 
 def inductor_for_cpus(graph: fx.GraphModule, inputs: list[Tensor], options: dict[str, Any]) -> Any:
-    """A backend of torch.compile: inductor, but GELU and softmax are left to torch's own kernels.
+    """A backend of torch.compile: inductor, but GELU and softmax are left to torch's own kernels, and copies as they are.
 
     Inductor's loops call a library's exponential, slower than the rest of them by far, and draw the gate's softmax, over
-    elements that are not neighbours, into the loop that mixes the branches, which is not vectorised then.
+    elements that are not neighbours, into the loop that mixes the branches, which is not vectorised then. For copies
+    see `_view_of_copy`.
     """
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
