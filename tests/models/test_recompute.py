@@ -1,5 +1,7 @@
 """Layers with gradients of their own: their values, number formats, and what a network keeps for its backward pass."""
 
+import math
+
 import pytest
 import timm
 import torch
@@ -8,14 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vip  # noqa: F401 (registers the models)
 from scripts.bench.literal import make_literal
 from scripts.bench.traffic import CudaRules
 from vip.models.fusion import mean_of_sum, weighted_sum
-from vip.models.recompute import Mlp, gelu_linear, regrouped_linear
+from vip.models.recompute import Mlp, gelu_linear, regroup, regroup_back, regrouped_linear
 
-ROWS = [0, 2, 3, 1, 4]
+ROWS, COLUMNS = [0, 2, 3, 1, 4], [0, 1, 3, 2, 4]
 
 
 def plain_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -108,6 +112,77 @@ def test_outputs_have_the_bits_of_the_stored_form_and_gradients_its_values(pair,
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(narrow, 2e-2)
         torch.testing.assert_close(recomputed, stored, rtol=tolerance, atol=tolerance * stored.abs().max().item())
     assert torch.equal(results[0][0], results[1][0])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    segment=st.integers(1, 40),
+    offset=st.integers(0, 9),
+    axes=st.sampled_from([ROWS, COLUMNS]),
+    seed=st.integers(0, 2**16),
+)
+def test_regrouping_moves_any_bits_there_and_back(dtype, segment, offset, axes, seed) -> None:
+    torch.manual_seed(seed)
+    shape = (2, 3, 4, 5, segment)
+    numbers = torch.randint(256, ((offset + math.prod(shape)) * dtype.itemsize,), dtype=torch.uint8).view(dtype)
+    x = numbers[offset:].view(shape)  # NaN of all kinds among them
+    with torch.no_grad():
+        there = regroup(x, axes)
+        back = regroup_back(there, x, axes)
+    assert torch.equal(bits(there), bits(x.permute(axes).flatten(3)))
+    assert torch.equal(bits(back), bits(x))
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().flatten().view(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "segment", "offset", "word"),
+    [
+        (torch.bfloat16, 6, 0, torch.int32),
+        (torch.bfloat16, 8, 0, torch.complex128),
+        (torch.bfloat16, 8, 4, torch.int64),
+        (torch.bfloat16, 7, 0, torch.int16),
+        (torch.float32, 6, 0, torch.int64),
+        (torch.float32, 7, 0, torch.int32),
+    ],
+)
+def test_regrouping_copies_the_largest_words_of_a_segment(dtype, segment, offset, word) -> None:
+    x = torch.randn(2 * 3 * 4 * 5 * segment + offset, dtype=dtype)[offset:].view(2, 3, 4, 5, segment)
+    with torch.no_grad(), Copies() as copies:
+        regroup(x, ROWS)
+    assert copies.dtypes == [word]
+
+
+class Copies(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.clone.default:
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_regrouping_where_derivatives_and_transforms_look_on() -> None:
+    x = torch.randn(2, 3, 4, 5, 6)
+    expected = x.permute(ROWS).flatten(3)
+
+    def doubled(x: Tensor) -> Tensor:
+        return regroup(x, ROWS) * 2
+
+    assert torch.autograd.functional.jacobian(lambda x: doubled(x).sum(), x).eq(2).all()
+    with torch.no_grad():
+        assert torch.equal(doubled(x.expand(2, 2, 3, 4, 5, 6)[1]), expected * 2)
+        assert torch.equal(doubled(x.mT.contiguous().mT), expected * 2)
+        assert torch.equal(torch.vmap(doubled)(x[None])[0], expected * 2)
+        with forward_ad.dual_level():
+            assert torch.equal(forward_ad.unpack_dual(doubled(forward_ad.make_dual(x, x))).tangent, expected * 2)
+        assert torch.equal(torch.func.jvp(doubled, (x,), (x,))[1], expected * 2)
+        assert "complex" not in str(torch.jit.trace(doubled, x).graph)
 
 
 def test_weights_cast_for_the_layer_still_learn_from_another_use() -> None:
