@@ -1,5 +1,7 @@
 """Regional compilation: as many graphs as there are kinds of block, whatever comes after the first step; inductor on a CPU."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -78,7 +80,7 @@ def test_on_a_cpu_gelu_and_softmax_are_left_to_torchs_own_kernels() -> None:
 
 
 @pytest.mark.parametrize("convolved", [False, True])
-def test_on_a_cpu_loops_neither_divide_nor_transpose(monkeypatch: pytest.MonkeyPatch, convolved: bool) -> None:
+def test_on_a_cpu_loops_neither_divide_nor_transpose_nor_wait(monkeypatch: pytest.MonkeyPatch, convolved: bool) -> None:
     monkeypatch.setattr(products, "ONEDNN_IS_FASTER", convolved)
     monkeypatch.setattr(products, "LEAST", 0)
     torch._dynamo.reset()
@@ -91,3 +93,60 @@ def test_on_a_cpu_loops_neither_divide_nor_transpose(monkeypatch: pytest.MonkeyP
         assert ("ops.aten.convolution" in program) == convolved
         assert "div_floor_integer" not in program
         assert program.count("transpose_mxn") <= 1, "that of the gate's logits alone"
+        assert not re.search(r"in_out_ptr\d+ \+ .*6L\)", program), "segments written over others"
+
+
+class Normed(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(64, 48)
+        self.norm = nn.LayerNorm(48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+
+def test_on_a_cpu_gradients_summed_over_many_rows_stay_in_the_cache() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Normed()
+    x = torch.randn(32, 64, 64)
+
+    def gradients(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+
+    expected = gradients(x)
+    compile_model(model)
+    with fresh_cache():
+        found, (_, backward) = run_and_get_code(gradients, x)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-2)
+    assert "x1<static_cast<int64_t>(2048L)" not in backward, "a loop over all rows within one over columns"
+
+
+class Sums(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = x * self.scale
+        y = x.view(-1, 1, 2, x.shape[1] // 2)
+        whole = [x.sum(), x.sum(None), x[:, 0].sum(())]
+        rows = [x.sum(0), x.sum(0, keepdim=True), x.sum(0, dtype=torch.float64), x.sum(1), (x > 0.5).sum(0)]
+        narrow = [x.bfloat16().sum(0), x.bfloat16().sum(0, dtype=torch.float32)]
+        grids = [y.sum((0, 1, 2)), y.sum((0, 1, 2), keepdim=True), y.sum((0, 2)), y.sum((0, 1)), y.sum(-1)]
+        return whole + rows + narrow + grids
+
+
+@pytest.mark.parametrize("rows", [1, 2048, 2047])
+def test_on_a_cpu_sums_are_those_of_torch(rows: int) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = Sums(), torch.rand(rows, 8)
+    with torch.no_grad(), fresh_cache():
+        expected = model(x)
+        compile_model(model)
+        found = model(x)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        torch.testing.assert_close(one, other, rtol=5e-3, atol=0)

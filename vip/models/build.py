@@ -17,6 +17,8 @@ from vip.models.permutator import PermutatorBlock, VisionPermutator
 from vip.models.variants import VARIANTS
 from vip.stochastic_depth import StochasticDepthConfig, SubsetDropPath
 
+ROWS = 32  # to sum at a time
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -107,11 +109,10 @@ def compile_model(model: nn.Module) -> None:
         model.compile(**how)
         return
     if "options" in how:
-        # Sums of regrouped tensors get loops of their own, over segments: in a norm's loop, over all channels, they
-        # are not vectorised.
-        how["options"]["realize_acc_reads_threshold"] = 2
         # Products may be convolutions (vip/models/products.py), but (B, H, W, C) is not to become "channels last".
         how["options"]["layout_optimization"] = False
+        # A loop over segments that writes where it reads waits, at each, for the store that it just made.
+        how["options"]["inplace_buffers"] = False
     # Blocks of one stage differ only in weights and drop rate, but each stage has its own shapes to compile for.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     for module in model.modules():
@@ -121,11 +122,11 @@ def compile_model(model: nn.Module) -> None:
 
 
 def inductor_for_cpus(graph: fx.GraphModule, inputs: list[Tensor], options: dict[str, Any]) -> Any:
-    """A backend of torch.compile: inductor, but GELU and softmax are left to torch's own kernels, and copies as they are.
+    """A backend of torch.compile: inductor, but GELU and softmax are left to torch's own kernels.
 
     Inductor's loops call a library's exponential, slower than the rest of them by far, and draw the gate's softmax, over
-    elements that are not neighbours, into the loop that mixes the branches, which is not vectorised then. For copies
-    see `_view_of_copy`.
+    elements that are not neighbours, into the loop that mixes the branches, which is not vectorised then. Views and sums
+    are written so that its loops are (`_view`, `_sum_of_rows`).
     """
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
@@ -135,15 +136,15 @@ def inductor_for_cpus(graph: fx.GraphModule, inputs: list[Tensor], options: dict
     whole = (aten.gelu.default, aten.gelu_backward.default, aten._softmax.default)
     FALLBACK_ALLOW_LIST.update(operation.name() for operation in whole)  # else it insists on taking them apart
     table = {operation: parts for operation, parts in select_decomp_table().items() if operation not in whole}
-    table |= {aten.view.default: _view, aten._unsafe_view.default: _view_of_copy}
+    table |= {aten.view.default: _view, aten._unsafe_view.default: _view_of_copy, aten.sum.dim_IntList: _sum_of_rows}
     return compile_fx(graph, inputs, config_patches=options, decompositions=table)
 
 
 def _view(x: Tensor, size: list[int]) -> Tensor:
-    """aten.view, which inductor does not look through where axes are joined and cut elsewhere: see `_view_of_copy`."""
+    """aten.view, as `_view_of_copy` unless it only cuts axes."""
     inferred = infer_size(size, x.numel())
     before, after = (set(accumulate(reversed(shape), mul)) for shape in (x.shape, inferred))
-    return NotImplemented if before <= after or after <= before else _view_of_copy(x, inferred)
+    return NotImplemented if before <= after else _view_of_copy(x, inferred)
 
 
 def _view_of_copy(x: Tensor, size: list[int] | tuple[int, ...]) -> Tensor:
@@ -153,6 +154,25 @@ def _view_of_copy(x: Tensor, size: list[int] | tuple[int, ...]) -> Tensor:
     places, as when tokens are regrouped, each element's place takes divisions, and no loop is vectorised.
     """
     return x.as_strided(size, make_contiguous_strides_for(size)) if x.is_contiguous() else NotImplemented
+
+
+def _sum_of_rows(
+    x: Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """aten.sum over all axes but the last, as gradients of biases and norms are: axis by axis, the rows' in pieces.
+
+    Inductor takes such a sum column after column, each through all of memory.
+    """
+    if not dim or list(dim) != list(range(x.dim() - 1)) or not x.is_floating_point():
+        return NotImplemented
+    pieces = x if dtype is None else x.to(dtype)
+    if x.dim() == 2:
+        if len(x) < 32 * ROWS or len(x) % ROWS:
+            return NotImplemented
+        pieces = pieces.view(-1, ROWS, x.shape[-1])
+    wide = torch.promote_types(pieces.dtype, torch.float32)
+    total = pieces.sum(-2, dtype=wide).sum(list(range(pieces.dim() - 2))).to(pieces.dtype)
+    return total.view([1] * len(dim) + [-1]) if keepdim else total
 
 
 def _fuse_norms(model: nn.Module, name: str) -> None:
