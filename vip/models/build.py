@@ -167,7 +167,7 @@ def _sum_of_rows(
         return NotImplemented
     pieces = x if dtype is None else x.to(dtype)
     if x.dim() == 2:
-        if len(x) < 32 * ROWS or len(x) % ROWS:
+        if len(x) < ROWS**2 or len(x) % ROWS:
             return NotImplemented
         pieces = pieces.view(-1, ROWS, x.shape[-1])
     wide = torch.promote_types(pieces.dtype, torch.float32)

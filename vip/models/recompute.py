@@ -76,8 +76,9 @@ def _in_order(x: Tensor, axes: list[int]) -> Tensor:
 
 def _is_watched(x: Tensor) -> bool:
     """Whether derivatives, transforms or traces follow what is done to x, none of which see through words."""
-    has_tangent = unpack_dual(x).tangent is not None
-    return torch.is_grad_enabled() or _is_traced() or is_functorch_wrapped_tensor(x) or has_tangent
+    if torch.is_grad_enabled() or _is_traced() or is_functorch_wrapped_tensor(x):
+        return True
+    return unpack_dual(x).tangent is not None
 
 
 def _is_traced() -> bool:
