@@ -126,7 +126,7 @@ def inductor_for_cpus(graph: fx.GraphModule, inputs: list[Tensor], options: dict
 
     Inductor's loops call a library's exponential, slower than the rest of them by far, and draw the gate's softmax, over
     elements that are not neighbours, into the loop that mixes the branches, which is not vectorised then. Views and sums
-    are written so that its loops are (`_view`, `_sum_of_rows`).
+    are put so that its loops are vectorised and stay in the cache (`_view`, `_sum_of_rows`).
     """
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table

@@ -16,6 +16,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from vip.models.products import Linear, linear, weight_gradient
 
+# Of each size in bytes, a type to copy by.
 WORDS = {word.itemsize: word for word in (torch.int8, torch.int16, torch.int32, torch.int64, torch.complex128)}
 
 
