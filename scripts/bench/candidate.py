@@ -24,7 +24,7 @@ from vip.precision import DTYPES
 
 NUM_CLASSES = 1000
 LITERAL = "literal/"
-WORK_S = 0.1  # a piece of work that a clock can tell
+WORK_S = 0.5  # a piece of work that a clock can tell, beside which the caches that others left are nothing
 SETTLING_STEPS = 4  # before a process has all memory that a training step asks for
 
 

@@ -23,7 +23,7 @@ CATEGORIES = {
     "copies": ("clone", "copy_", "_to_copy", "cat", "stack"),
     "mixing": ("mul", "addcmul", "addcmul_", "sum", "mean", "div", "_softmax", "_softmax_backward_data"),
 }
-REST = "rest"
+ATTENTION, REST = "attention", "rest"
 _FREE = (
     "detach",
     "_unsafe_view",
@@ -38,6 +38,8 @@ _FREE = (
 
 def category(name: str) -> str:
     """That of an aten operation, `name` without its namespace and overload; sums of tensors, mostly, are the rest."""
+    if "attention" in name:  # one kernel of many names: products and a softmax
+        return ATTENTION
     return next((found for found, names in CATEGORIES.items() if name in names), REST)
 
 

@@ -40,7 +40,7 @@ def test_data_compares_every_pipeline_on_the_same_files(run: Run, tmp_path: Path
 
 
 def test_model_has_a_row_for_each_network_in_each_format(run: Run) -> None:
-    networks = ["vip_tiny", "literal/vip_tiny", "test_convnext"]
+    networks = ["vip_tiny", "literal/vip_tiny", "test_vit"]
     arguments = ["--networks", *networks, "--modes", "eager", "--batch", "2", "--rounds", "1", "--json"]
     said = run("scripts/benchmark.py", "model", *arguments)
     found = json.loads(said.stdout)
@@ -62,6 +62,7 @@ def test_model_has_a_row_for_each_network_in_each_format(run: Run) -> None:
         categories = {name: value for name, value in row.items() if name not in ("network", "format")}
         assert sum(categories.values()) == pytest.approx(100, abs=1)
         assert ("gate" in categories) == ("vip" in row["network"])
+        assert ("attention" in categories) == (row["network"] == "test_vit")
     assert [row["network"] for row in moved] == networks
     assert moved[0]["eager"] < moved[1]["eager"]
     assert moved[0]["compiled"] < moved[0]["eager"]
