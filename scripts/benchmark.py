@@ -3,7 +3,7 @@
 python scripts/benchmark.py data                      # the loader against timm's and others', on JPEGs that it makes
 python scripts/benchmark.py data --root DIR           # on real ones: DIR/train/<class>/*
 python scripts/benchmark.py data --files 1281167      # and how soon the first batch comes from so many
-python scripts/benchmark.py model                     # every size and its peers, eager and compiled: an hour on 2 cores
+python scripts/benchmark.py model                     # every size and its peers, eager and compiled: half an hour on 2 cores
 python scripts/benchmark.py model --networks vip_s7 literal/vip_s7 --modes eager --precisions bf16      # minutes
 python scripts/benchmark.py depth                     # stochastic depth that skips what it drops: what it saves
 python scripts/benchmark.py convergence --seeds 5     # trained in our form and in the literal one: equally well?

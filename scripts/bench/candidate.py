@@ -24,7 +24,7 @@ from vip.precision import DTYPES
 
 NUM_CLASSES = 1000
 LITERAL = "literal/"
-WORK_S = 0.5  # a piece of work that a clock can tell, beside which the caches that others left are nothing
+WORK_S = {"cuda": 0.1, "cpu": 0.5}  # that a clock can tell, and beside which caches that others have left are nothing
 SETTLING_STEPS = 4  # before a process has all memory that a training step asks for
 
 
@@ -55,7 +55,8 @@ class Candidate:
         for _ in range(SETTLING_STEPS):
             train_s = _seconds(self.train)
         self.speed("forward")
-        self.num_forward, self.num_train = (max(1, math.ceil(WORK_S / s)) for s in (_seconds(self.forward), train_s))
+        work_s = WORK_S[self.device.type]
+        self.num_forward, self.num_train = (max(1, math.ceil(work_s / s)) for s in (_seconds(self.forward), train_s))
 
     def speed(self, work: str) -> float:
         """Images a second of `work`, "forward" or "train"."""
